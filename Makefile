@@ -1,0 +1,47 @@
+# Thin: the work is in lab/bootstrap.sh and the `lab` command.
+
+PROFILE ?= quick
+PYTHON := .venv/bin/python
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build reproduce test unit lint slow lab notebooks doctor clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: ## install what is missing: Debian packages (as root), .venv/
+	@sh lab/bootstrap.sh
+
+build: setup ## build QEMU, patched and unpatched, and the guest
+	@$(PYTHON) -m lab build
+
+reproduce: setup ## measure every method on this machine; PROFILE=quick (default) or full
+	@$(PYTHON) -m lab reproduce --profile $(PROFILE)
+
+test: build lint ## everything that must be green: lint, types, tests
+	@$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+unit: setup ## the tests that need no guest
+	@$(PYTHON) -m pytest tests/unit $(PYTEST_ARGS)
+
+lint: setup ## ruff and mypy
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+
+slow: build ## the tests that take minutes, among them a build after every patch
+	@$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+
+lab: ## JupyterLab on notebooks/; shows recorded data without QEMU
+	@sh lab/bootstrap.sh --packages-optional
+	@$(PYTHON) -m jupyterlab --notebook-dir=notebooks
+
+notebooks: build ## execute the notebooks as the tests do
+	@$(PYTHON) -m pytest -m notebook $(PYTEST_ARGS)
+
+doctor: setup ## what this machine can do
+	@$(PYTHON) -m lab doctor
+
+clean: ## remove .venv/ and caches of the checkout; builds in the user's cache stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,80 @@
+"""``lab build``: the QEMU binaries and the guest."""
+
+import argparse
+import json
+import sys
+
+from lab.progress import ProgressLine
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "build",
+        help="build QEMU, patched and unpatched, and the guest",
+        description="Build what is missing: QEMU with and without the patch series, and the guest.",
+    )
+    parser.add_argument(
+        "--print",
+        action="store_true",
+        dest="print_json",
+        help='print {"patched": PATH, "unpatched": PATH}',
+    )
+    parser.add_argument(
+        "--refresh-source",
+        action="store_true",
+        help="look for a newer source of QEMU although there is one in the cache",
+    )
+    parser.add_argument(
+        "--check-series",
+        action="store_true",
+        help="only apply each patch with no fuzz and run checkpatch.pl on it",
+    )
+    parser.add_argument(
+        "--check-each-step",
+        action="store_true",
+        help="only build after every patch of the series (minutes)",
+    )
+    parser.set_defaults(handler=_build)
+
+
+async def _build(args: argparse.Namespace) -> int:
+    from lab.guest.build import ensure_guest
+    from lab.qemu.build import ensure_qemu
+
+    if args.check_series:
+        return await _check_series()
+    if args.check_each_step:
+        return await _check_each_step()
+    with ProgressLine() as progress:
+        binaries = await ensure_qemu(progress, refresh_source=args.refresh_source)
+        await ensure_guest(progress)
+    if args.print_json:
+        print(json.dumps({name: str(binary.path) for name, binary in sorted(binaries.items())}))
+    else:
+        for name, binary in sorted(binaries.items()):
+            print(f"{name:10} {binary.version}  {binary.path}")
+    return 0
+
+
+async def _check_series() -> int:
+    from lab.qemu.series import check_series
+
+    with ProgressLine() as progress:
+        checks = await check_series(progress)
+    for check in checks:
+        state = "ok" if check.clean else "FAIL"
+        print(f"{state:4} {check.name}: {check.errors} errors, {check.warnings} warnings")
+        if not check.clean:
+            print(check.problem or check.report, file=sys.stderr)
+    return 0 if all(check.clean for check in checks) else 1
+
+
+async def _check_each_step() -> int:
+    from lab.qemu.build import check_each_step
+
+    with ProgressLine() as progress:
+        names = await check_each_step(progress)
+    for name in names:
+        print(f"builds {name}")
+    return 0

@@ -1,0 +1,43 @@
+"""``lab compare``: two run sets, or two methods, against each other."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lab.run import RunSet
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="compare two run sets",
+        description="Compare B with A, metric by metric, over boots: difference and ratio of "
+        "medians, an interval for the ratio, and p of a permutation test. Only parameters that "
+        "differ are named.",
+    )
+    for name in ("a", "b"):
+        parser.add_argument(
+            name, metavar=name.upper(), help="a run set, or SET:METHOD for one method of it"
+        )
+    parser.set_defaults(handler=_compare)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from lab.summary import comparison_text, sides
+
+    (a, method_a), (b, method_b) = _load(args.a), _load(args.b)
+    pairs = sides(a, b, method_a, method_b)
+    print("\n\n".join(comparison_text(left, right) for left, right in pairs))
+    return 0
+
+
+def _load(text: str) -> "tuple[RunSet, str | None]":
+    from lab.run import load_set
+
+    # A path may hold a colon too: the whole is tried first.
+    path, _, method = text.rpartition(":")
+    if not path or Path(text).exists():
+        return load_set(text), None
+    return load_set(path), method

@@ -1,0 +1,171 @@
+"""``lab measure``: methods times repeats, interleaved, into a run set."""
+
+import argparse
+import asyncio
+import json
+import sys
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lab.errors import HostError
+from lab.progress import ProgressLine
+from lab.scenario import METHODS, Machine, Workload, add_arguments, from_arguments
+
+if TYPE_CHECKING:
+    from lab.measure import Plan, Progress
+    from lab.run import Run, RunSet
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "measure",
+        help="measure methods, interleaved, into a run set",
+        description="Measure methods times repeats, each run a fresh boot, in rounds of random "
+        "order. An unfinished run set of the same plan is continued. Exit status 1 when a run "
+        "failed.",
+    )
+    parser.add_argument(
+        "--method",
+        action="append",
+        dest="methods",
+        metavar="METHOD",
+        help=f"repeatable; one of {', '.join(METHODS)} (default: every method)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="boots a method (default 5)"
+    )
+    parser.add_argument(
+        "--warmups",
+        type=int,
+        default=0,
+        metavar="N",
+        help="rounds before them that do not count (default 0)",
+    )
+    add_arguments(parser, Machine)
+    add_arguments(parser, Workload)
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="after each timed snapshot take another, restore it and compare every byte of RAM",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="the run set (default: a new one in the cache)"
+    )
+    parser.add_argument(
+        "--image-dir",
+        type=Path,
+        metavar="DIR",
+        help="where images are written (default: in the cache)",
+    )
+    parser.add_argument(
+        "--keep-images",
+        action="store_true",
+        help="leave the images there (default: in the folder images of the cache)",
+    )
+    parser.add_argument("--note", default="", help="free text, kept in the run set")
+    parser.add_argument("--json", action="store_true", help="one JSON object a run on stdout")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be measured")
+    parser.set_defaults(handler=_measure)
+
+
+async def _measure(args: argparse.Namespace) -> int:
+    from lab.cache import cache_dir
+    from lab.measure import Plan, describe
+
+    plan = Plan(
+        methods=tuple(dict.fromkeys(args.methods or METHODS)),
+        machine=from_arguments(Machine, args),
+        workload=from_arguments(Workload, args),
+        repeats=args.repeats,
+        warmups=args.warmups,
+        seed=args.seed,
+        verify=args.verify,
+    )
+    if args.dry_run:
+        print("\n".join(describe(plan)))
+        return 0
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    out = args.out or cache_dir() / "runs" / stamp
+    done = await run_campaign(
+        plan,
+        out,
+        image_dir=args.image_dir,
+        note=args.note,
+        keep_images=args.keep_images,
+        as_json=args.json,
+    )
+    if not args.json:
+        print_table(done)
+    return 0 if all(run.ok for run in done) else 1
+
+
+async def run_campaign(
+    plan: "Plan",
+    out: Path,
+    *,
+    image_dir: Path | None = None,
+    note: str = "",
+    keep_images: bool = False,
+    as_json: bool = False,
+) -> "RunSet":
+    """Measure `plan` into `out` with a progress line; print a line a run when `as_json`."""
+    from lab.cache import cache_dir
+    from lab.measure import estimate_text, measure, survey
+    from lab.workdir import private_folder
+
+    ground = survey(plan)
+    if image_dir is not None and not image_dir.is_dir():
+        raise HostError(f"there is no folder {image_dir}", "create it or name another --image-dir")
+    with ExitStack() as stack:
+        if image_dir is not None:
+            images = image_dir
+        elif keep_images:
+            images = cache_dir() / "images"
+            images.mkdir(mode=0o700, exist_ok=True)
+        else:
+            # A campaign that is killed leaves an image; the next one removes it with its folder.
+            images = stack.enter_context(private_folder("images-", cache_dir()))
+        line = stack.enter_context(ProgressLine())
+
+        def on_start(progress: "Progress") -> None:
+            line(
+                f"run {progress.done + 1}/{progress.total}: {progress.slot.method}, "
+                f"about {estimate_text(progress.remaining_s)} left"
+            )
+
+        def on_run(run: "Run") -> None:
+            if as_json:
+                print(json.dumps(run.summary), flush=True)
+            if not run.ok:
+                line(f"{run.name} {run.record.outcome}: {run.record.reason}")
+
+        try:
+            return await measure(
+                plan,
+                out,
+                image_dir=images,
+                ground=ground,
+                note=note,
+                keep_images=keep_images,
+                on_start=on_start,
+                on_run=on_run,
+            )
+        except asyncio.CancelledError:
+            stack.close()
+            print(
+                f"lab: interrupted; the same arguments with --out {out} continue", file=sys.stderr
+            )
+            raise
+
+
+def print_table(run_set: "RunSet") -> None:
+    """The summary table, what to distrust about it, and where the runs are."""
+    from lab.summary import df_methods, df_readable, text_table, warnings_of
+
+    print(text_table(df_readable(df_methods(run_set))))
+    for warning in warnings_of(run_set):
+        print(f"caveat: {warning}")
+    print(f"median over boots [interval of the median, see `lab report`]; runs in {run_set.path}")

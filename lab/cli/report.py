@@ -1,0 +1,39 @@
+"""``lab report``: a run set as one HTML file."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "report",
+        help="write one self-contained HTML file about a run set",
+        description="Write one HTML file that can be mailed: figures, every run, the host, the "
+        "builds, what each number is and what it does not show.",
+    )
+    parser.add_argument("set", type=Path, metavar="SET", help="the run set")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="default: SET.html beside it; - for stdout",
+    )
+    parser.set_defaults(handler=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from lab.report import render_report
+    from lab.run import load_set
+
+    run_set = load_set(args.set)
+    html = render_report(run_set)
+    if args.output == Path("-"):
+        sys.stdout.write(html)
+        return 0
+    path = args.output or run_set.path.with_name(run_set.path.name + ".html")
+    path.write_text(html, encoding="utf-8")
+    print(path)
+    return 0

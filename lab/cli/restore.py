@@ -1,0 +1,33 @@
+"""``lab restore``: run a guest from a snapshot until interrupted."""
+
+import argparse
+from pathlib import Path
+
+from lab.cli.boot import add_running_arguments, show_speed
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "restore",
+        help="run a guest from a snapshot until interrupted",
+        description="Restore a guest and show its speed once a second, until interrupted or for "
+        "--seconds.",
+    )
+    parser.add_argument("path", type=Path, help="the image; PATH.json has to be beside it")
+    parser.add_argument("--paused", action="store_true", help="leave the vCPUs stopped")
+    parser.add_argument(
+        "--binary",
+        choices=("patched", "unpatched"),
+        help="which QEMU (default: the kind that took the snapshot)",
+    )
+    add_running_arguments(parser)
+    parser.set_defaults(handler=_restore)
+
+
+async def _restore(args: argparse.Namespace) -> int:
+    from lab.vm import restore
+
+    async with restore(args.path, paused=args.paused, binary=args.binary) as vm:
+        await show_speed(vm, args)
+    return 0

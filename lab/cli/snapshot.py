@@ -1,0 +1,44 @@
+"""``lab snapshot``: boot a guest and take one snapshot of it."""
+
+import argparse
+import json
+from pathlib import Path
+
+from lab.scenario import (
+    METHODS,
+    Machine,
+    Workload,
+    add_arguments,
+    from_arguments,
+    method,
+)
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "snapshot",
+        help="boot a guest and take one snapshot of it",
+        description="Boot a guest, take a snapshot of it while its workload runs, and say how "
+        "that went. For figures to compare use `lab measure`.",
+    )
+    parser.add_argument("path", type=Path, help="the image; PATH.json describes it")
+    parser.add_argument(
+        "--method", default="live", metavar="METHOD", help=f"one of {', '.join(METHODS)}"
+    )
+    add_arguments(parser, Machine)
+    add_arguments(parser, Workload)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.set_defaults(handler=_snapshot)
+
+
+async def _snapshot(args: argparse.Namespace) -> int:
+    from lab.vm import boot
+
+    machine = from_arguments(Machine, args)
+    workload = from_arguments(Workload, args)
+    variant = method(args.method).preferred_variant
+    async with boot(machine, workload, binary=variant) as vm:
+        snapshot = await vm.snapshot(args.path, args.method, progress=False)
+    print(json.dumps(snapshot.summary()) if args.json else repr(snapshot))
+    return 0

@@ -1,0 +1,101 @@
+"""QEMU's command line for a machine, the same for a boot and for a restore."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.errors import HostError, UsageError
+from lab.guest.build import Guest
+from lab.guest.protocol import kernel_command_line
+from lab.host import require_kvm, require_memory, thp_settings
+from lab.scenario import Machine, Workload
+
+QEMU_OVERHEAD_MIB = 96
+"""What QEMU needs besides guest RAM: its code, translated blocks and thread stacks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channels:
+    """File descriptors that QEMU inherits: one end of a socket pair each."""
+
+    qmp: int
+    serial: int
+
+
+def qemu_command(
+    binary: Path,
+    machine: Machine,
+    workload: Workload,
+    guest: Guest,
+    channels: Channels,
+    *,
+    name: str,
+    machine_type: str = "pc",
+    incoming: bool = False,
+    paused: bool = False,
+) -> list[str]:
+    """Return the argument vector.
+
+    :param machine_type: the versioned type an image was taken on, for a restore; QEMU refuses a
+        stream of another one.
+    :param incoming: wait for `migrate-incoming` instead of booting.
+    :param paused: do not run the vCPUs until told to.
+    """
+    # Without the multi-threaded generator several vCPUs would take turns in one thread.
+    threads = ",thread=multi" if machine.accel == "tcg" and machine.vcpus > 1 else ""
+    command = [str(binary), "-name", name]
+    # Nothing in the machine that the scenario does not name, and nothing from the user's files.
+    command += ["-nodefaults", "-no-user-config", "-display", "none"]
+    command += ["-M", machine_type, "-accel", machine.accel + threads]
+    command += ["-m", f"{machine.ram_mib}M", "-smp", str(machine.vcpus)]
+    # With the guest's panic=-1 a panic ends QEMU instead of booting again without end.
+    command += ["-no-reboot"]
+    command += ["-chardev", f"socket,id=qmp,fd={channels.qmp}", "-mon", "chardev=qmp,mode=control"]
+    command += ["-chardev", f"socket,id=serial,fd={channels.serial}", "-serial", "chardev:serial"]
+    command += ["-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)]
+    command += ["-append", _append(workload)]
+    # `defer`: the stream is named over QMP, so that its errors come back as QMP errors.
+    command += ["-incoming", "defer"] if incoming else []
+    command += ["-S"] if paused else []
+    return command + list(machine.extra_args)
+
+
+def _append(workload: Workload) -> str:
+    return kernel_command_line(
+        kind=workload.kind,
+        wss_mib=workload.wss_mib,
+        threads=workload.threads,
+        seed=workload.seed,
+    )
+
+
+def check_host(machine: Machine) -> None:
+    """Refuse early what would fail late.  Under KVM it takes a moment, which it is tried out in.
+
+    :raise HostError: when there is not the memory, no KVM that runs a guest for an accelerator
+        that needs it, or transparent huge pages are asked for and switched off.
+    """
+    require_memory(machine.ram_mib + QEMU_OVERHEAD_MIB, f"{machine.ram_mib} MiB of guest RAM")
+    if machine.accel == "kvm":
+        require_kvm()
+    if machine.thp and thp_settings().get("enabled", "never") == "never":
+        raise HostError(
+            "transparent huge pages are switched off on this host",
+            "write madvise to /sys/kernel/mm/transparent_hugepage/enabled, or leave thp unset",
+        )
+    check_arguments(machine.extra_args)
+
+
+# What the lab itself passes or relies on; a second one would win over it silently.
+_RESERVED = ("S", "incoming", "daemonize", "name", "m", "smp", "accel", "M", "machine")
+
+
+def check_arguments(extra: Sequence[str]) -> None:
+    """Raise `UsageError` for extra arguments that would undo what the lab relies on."""
+    for argument in extra:
+        # QEMU takes an option with one dash or two.
+        if argument.startswith("-") and argument.lstrip("-") in _RESERVED:
+            raise UsageError(
+                f"{argument} is not for extra_args",
+                "the lab sets it itself; use the parameters of Machine, boot() and restore()",
+            )

@@ -1,0 +1,125 @@
+"""The standard figures: from snapshots, runs and run sets to axes, for notebooks and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from lab import plots, tables
+from lab.errors import RunError, UsageError
+from lab.run import Run, RunSet
+
+
+def typical_run(run_set: RunSet, method: str) -> Run:
+    """The run of a method whose duration is the (lower) median: the one to show when only one can
+    be shown.
+
+    :raise RunError: when no run of the method counts.
+    """
+    runs = run_set.measured(method)
+    if not runs:
+        raise RunError(
+            f"{run_set.name} has no run of {method} that counts", "choose another method"
+        )
+    ordered = sorted(runs, key=lambda run: float(run.summary.get("duration_ms") or 0))
+    return ordered[(len(ordered) - 1) // 2]
+
+
+def plot_slowdown(*progress: pd.DataFrame, bin_ms: float = 5, ax: Axes | None = None) -> Axes:
+    """Guest speed around snapshots, as a share of the rate before each; a line a table.
+
+    :param progress: what `df_progress()` of a `Snapshot` or of a recorded `Run` returns; which
+        snapshot a table is of, and when, is in its `attrs`.
+    :param bin_ms: width of the bins; under 2 ms they show the sampler, not the guest.
+    :raise UsageError: a table does not say what it is of, or has too little before the request to
+        know the rate by.
+    """
+    rates: dict[str, pd.DataFrame] = {}
+    pauses: dict[str, tuple[float, float]] = {}
+    methods: dict[str, str] = {}
+    for table in progress:
+        method, request = table.attrs.get("method"), table.attrs.get("request_ns")
+        if method is None or request is None:
+            raise UsageError(
+                "this progress table does not say which snapshot it is of",
+                "pass what df_progress() of a Snapshot or a Run returned",
+            )
+        baseline = tables.slowdown(table, request_ns=request, end_ns=request).baseline_ops_per_s
+        if baseline is None:
+            raise UsageError(
+                f"the progress before the {method} snapshot is too short to know the rate by",
+                "sample for a second before it (before_s=1)",
+            )
+        same = list(methods.values()).count(method)
+        label = f"{method} ({same + 1})" if same else method
+        methods[label] = method
+        rates[label] = tables.df_rate(
+            table, request_ns=request, baseline_ops_per_s=baseline, bin_ms=bin_ms
+        )
+        stop, resume = table.attrs.get("stop_ns"), table.attrs.get("resume_ns")
+        if stop is not None and resume is not None:
+            start_ms, end_ms = ((at - request) / tables.NS_PER_MS for at in (stop, resume))
+            pauses[label] = (start_ms, end_ms)
+    return plots.plot_rates(rates, pauses_ms=pauses, methods=methods, ax=ax)
+
+
+def _has_rate(run: Run) -> bool:
+    return run.has("progress") and run.summary.get("baseline_ops_per_s") is not None
+
+
+def slowdown_figure(
+    run_set: RunSet,
+    methods: Sequence[str] | None = None,
+    *,
+    bin_ms: float = 10,
+    ax: Axes | None = None,
+) -> Axes:
+    """Guest speed around the snapshot, the typical run of each method."""
+    runs = [typical_run(run_set, method) for method in methods or run_set.methods]
+    runs = [run for run in runs if _has_rate(run)]
+    ax = plot_slowdown(*(run.df_progress() for run in runs), bin_ms=bin_ms, ax=ax)
+    longest = max((float(run.summary.get("duration_ms") or 0) for run in runs), default=0.0)
+    ax.set_xlim(-0.1 * longest - 20, 1.25 * longest + 100)
+    return plots.stamp(ax, plots.stamp_text(run_set, [run.record.method for run in runs]))
+
+
+def cost_figure(run_set: RunSet) -> list[Axes]:
+    """Pause, duration, lost work and image size by method, a point a boot."""
+    axes = plots.plot_cost(tables.df_runs(run_set))
+    plots.stamp(axes[0], plots.stamp_text(run_set))
+    return axes
+
+
+def faults_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
+    """Distribution of fault latency, a line a boot, for the methods that log faults."""
+    runs = [run for run in run_set.measured() if run.has("faults")]
+    ax = plots.plot_fault_latency(tables.df_faults_by_method(runs), ax=ax)
+    methods = list(dict.fromkeys(run.record.method for run in runs))
+    return plots.stamp(ax, plots.stamp_text(run_set, methods))
+
+
+def phases_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
+    """What the pause consists of, a bar a boot, for the methods whose engine says."""
+    runs = [run for run in run_set.measured() if run.has("phases")]
+    ax = plots.plot_phases(tables.df_phases_by_method(runs), ax=ax)
+    methods = list(dict.fromkeys(run.record.method for run in runs))
+    return plots.stamp(ax, plots.stamp_text(run_set, methods))
+
+
+def available(run_set: RunSet) -> Mapping[str, bool]:
+    """Which of the standard figures a set has data for."""
+    runs = run_set.measured()
+    return {
+        "cost": bool(runs),
+        "slowdown": any(_has_rate(typical_run(run_set, m)) for m in run_set.methods),
+        "faults": any(run.has("faults") for run in runs),
+        "phases": any(run.has("phases") for run in runs),
+    }
+
+
+def close_all() -> None:
+    """Forget every open figure: a long-lived process would keep them all."""
+    plt.close("all")

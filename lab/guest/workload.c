@@ -1,0 +1,836 @@
+/*
+ * workload: the only program of the guest.
+ *
+ * It runs as PID 1, fills a working set with pages that describe themselves, and
+ * then dirties them as fast as it can while checking every page it touches.  The
+ * host never asks it anything while a measurement runs: it reads one page of
+ * guest RAM, the progress page, behind the guest's back.
+ *
+ * README.md beside this file describes the records, the progress page, the
+ * working set and the order of the stores.  protocol.py is the host's side of the
+ * same definitions; a test compiles this file with -DLAB_HOST_TEST and compares.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    PAGE_BYTES = 4096,
+    PAGE_WORDS = PAGE_BYTES / 8,
+    MAX_THREADS = 62, /* slots of 8 words that fit in the progress page */
+
+    /* Words of a working-set page.  All others hold filler(). */
+    WORD_MAGIC = 0,
+    WORD_INDEX = 1,
+    WORD_HEAD = 2,
+    WORD_BODY = 256,
+    WORD_TAIL = 511,
+};
+
+static const uint64_t PAGE_MAGIC = UINT64_C(0x4547415042414c56); /* "VLABPAGE" */
+static const uint64_t GAMMA = UINT64_C(0x9e3779b97f4a7c15);      /* SplitMix64's increment */
+
+enum kind { KIND_IDLE = 0, KIND_SEQUENTIAL = 1, KIND_RANDOM = 2 };
+
+/* ------------------------------------------------------------------ pure parts */
+
+/* The output function of SplitMix64: a bijection on 64 bits. */
+static inline uint64_t mix64(uint64_t z)
+{
+    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return z ^ (z >> 31);
+}
+
+/* Where thread `thread`'s SplitMix64 sequence starts. */
+static inline uint64_t stream_start(uint64_t seed, uint64_t thread)
+{
+    return mix64(seed ^ (GAMMA * (thread + 1)));
+}
+
+/* Scale a 64-bit random number to 0..pages-1: multiply and keep the high half, because
+ * a division would be the slowest instruction of the loop. */
+static inline uint64_t scale(uint64_t random, uint64_t pages)
+{
+    return (uint64_t)((__extension__ (unsigned __int128)random * pages) >> 64);
+}
+
+/* First page of thread `thread` out of `threads` that share `wss_pages`; the range ends
+ * where the next thread's begins. */
+static inline uint64_t first_page(uint64_t wss_pages, uint64_t threads, uint64_t thread)
+{
+    return wss_pages * thread / threads;
+}
+
+/* What an untouched word of the working set holds: never zero (GAMMA is odd), and
+ * different for every word of the working set. */
+static inline uint64_t filler(uint64_t index, uint64_t word)
+{
+    return GAMMA * (index * PAGE_WORDS + word);
+}
+
+/* One thread's share of the working set and its place in the sequence of operations. */
+struct writer {
+    volatile uint64_t *pages;   /* first page of the share */
+    volatile uint64_t *table;   /* version of each page of the share, kept apart from the page */
+    volatile uint64_t *ops;     /* this thread's counter in the progress page */
+    uint64_t magic;             /* PAGE_MAGIC ^ nonce */
+    uint64_t first;             /* index of the first page */
+    uint64_t count;             /* pages in the share */
+    uint64_t stream;            /* SplitMix64 state after `done` steps */
+    uint64_t next;              /* next page, sequential kind */
+    uint64_t done;              /* operations completed */
+    uint64_t thread;
+    enum kind kind;
+};
+
+static void writer_init(struct writer *w, enum kind kind, uint64_t seed, uint64_t thread,
+                        uint64_t threads, uint64_t wss_pages)
+{
+    memset(w, 0, sizeof(*w));
+    w->kind = kind;
+    w->thread = thread;
+    w->first = first_page(wss_pages, threads, thread);
+    w->count = first_page(wss_pages, threads, thread + 1) - w->first;
+    w->stream = stream_start(seed, thread);
+}
+
+static __attribute__((cold)) void page_is_bad(struct writer *w, uint64_t page);
+
+/*
+ * One operation: check page `page` of the share, then write the next version to it.
+ *
+ * The stores are volatile, so the compiler keeps them in this order, and x86 shows
+ * them to everyone in program order: head, body, tail, table, counter.  Stop the vCPU
+ * anywhere and at most this one operation of the thread is half done: some number of
+ * the five stores, from the left, have happened.
+ */
+static inline __attribute__((always_inline)) void one_operation(struct writer *w, uint64_t page)
+{
+    volatile uint64_t *words = w->pages + page * PAGE_WORDS;
+    uint64_t version = w->table[page];
+
+    if (__builtin_expect((words[WORD_MAGIC] ^ w->magic) | (words[WORD_INDEX] ^ (w->first + page)) |
+                         (words[WORD_HEAD] ^ version) | (words[WORD_BODY] ^ version) |
+                         (words[WORD_TAIL] ^ version), 0)) {
+        page_is_bad(w, page);
+    }
+    version = ++w->done;
+    words[WORD_HEAD] = version;
+    words[WORD_BODY] = version;
+    words[WORD_TAIL] = version;
+    w->table[page] = version;
+    *w->ops = version;
+}
+
+/* `n` operations without a system call, a division or a shared lock. */
+static void run_random(struct writer *shared, uint64_t n)
+{
+    struct writer w = *shared; /* in registers */
+
+    while (n--) {
+        w.stream += GAMMA;
+        one_operation(&w, scale(mix64(w.stream), w.count));
+    }
+    shared->stream = w.stream;
+    shared->done = w.done;
+}
+
+static void run_sequential(struct writer *shared, uint64_t n)
+{
+    struct writer w = *shared;
+
+    while (n--) {
+        one_operation(&w, w.next);
+        w.next = w.next + 1 == w.count ? 0 : w.next + 1;
+    }
+    shared->next = w.next;
+    shared->done = w.done;
+}
+
+static void run_operations(struct writer *w, uint64_t n)
+{
+    if (w->kind == KIND_RANDOM) {
+        run_random(w, n);
+    } else {
+        run_sequential(w, n);
+    }
+}
+
+static void populate(uint64_t *page, uint64_t magic, uint64_t index)
+{
+    uint64_t value = filler(index, 0);
+
+    for (unsigned word = 0; word < PAGE_WORDS; word++, value += GAMMA) {
+        page[word] = value;
+    }
+    page[WORD_MAGIC] = magic;
+    page[WORD_INDEX] = index;
+    page[WORD_HEAD] = 0;
+    page[WORD_BODY] = 0;
+    page[WORD_TAIL] = 0;
+}
+
+#ifndef LAB_HOST_TEST
+static bool page_is_intact(volatile uint64_t *page, uint64_t magic, uint64_t index, uint64_t version)
+{
+    uint64_t value = filler(index, 0);
+    uint64_t wrong = 0;
+
+    for (unsigned word = 0; word < PAGE_WORDS; word++, value += GAMMA) {
+        uint64_t expected = value;
+
+        switch (word) {
+        case WORD_MAGIC:
+            expected = magic;
+            break;
+        case WORD_INDEX:
+            expected = index;
+            break;
+        case WORD_HEAD:
+        case WORD_BODY:
+        case WORD_TAIL:
+            expected = version;
+            break;
+        }
+        wrong |= page[word] ^ expected;
+    }
+    return wrong == 0;
+}
+#endif
+
+#ifdef LAB_HOST_TEST
+/* ------------------------------------------------------------------- host test */
+
+static void page_is_bad(struct writer *w, uint64_t page)
+{
+    fprintf(stderr, "thread %llu: page %llu is bad\n", (unsigned long long)w->thread,
+            (unsigned long long)page);
+    exit(3);
+}
+
+/* KIND SEED THREADS WSS_PAGES NONCE OPS... (one OPS per thread): run the writers on
+ * this machine and write the working set to standard output. */
+int main(int argc, char **argv)
+{
+    enum kind kind;
+    uint64_t seed, threads, wss_pages, nonce;
+    uint64_t *set, *table, ops = 0;
+
+    if (argc < 7) {
+        return 2;
+    }
+    kind = (enum kind)atoi(argv[1]);
+    seed = strtoull(argv[2], NULL, 10);
+    threads = strtoull(argv[3], NULL, 10);
+    wss_pages = strtoull(argv[4], NULL, 10);
+    nonce = strtoull(argv[5], NULL, 10);
+    if ((uint64_t)argc != 6 + threads) {
+        return 2;
+    }
+    set = calloc(wss_pages, PAGE_BYTES);
+    table = calloc(wss_pages, sizeof(*table));
+    if (!set || !table) {
+        return 1;
+    }
+    for (uint64_t index = 0; index < wss_pages; index++) {
+        populate(set + index * PAGE_WORDS, PAGE_MAGIC ^ nonce, index);
+    }
+    for (uint64_t thread = 0; thread < threads; thread++) {
+        struct writer w;
+
+        writer_init(&w, kind, seed, thread, threads, wss_pages);
+        w.pages = set + w.first * PAGE_WORDS;
+        w.table = table + w.first;
+        w.ops = &ops;
+        w.magic = PAGE_MAGIC ^ nonce;
+        run_operations(&w, strtoull(argv[6 + thread], NULL, 10));
+    }
+    return fwrite(set, PAGE_BYTES, wss_pages, stdout) == wss_pages ? 0 : 1;
+}
+
+#else
+/* ----------------------------------------------------------------------- guest */
+
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/random.h>
+#include <sys/reboot.h>
+#include <sys/sysinfo.h>
+#include <sys/utsname.h>
+#include <termios.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+#ifndef GRND_INSECURE
+#define GRND_INSECURE 4
+#endif
+
+enum {
+    /* Words of the progress page. */
+    PROGRESS_MAGIC = 0,
+    PROGRESS_LAYOUT = 1,
+    PROGRESS_NONCE = 2,
+    PROGRESS_THREADS = 3,
+    PROGRESS_WSS_PAGES = 4,
+    PROGRESS_KIND = 5,
+    PROGRESS_SEED = 6,
+    PROGRESS_STATE = 7,
+    PROGRESS_ERRORS = 8,
+    PROGRESS_CHECKS = 9,
+    PROGRESS_TABLE_GPA = 10,
+    PROGRESS_TICK_NS = 11,
+    PROGRESS_OPS = 16,
+    PROGRESS_OPS_STRIDE = 8, /* a cache line per thread */
+
+    STATE_POPULATING = 1,
+    STATE_RUNNING = 2,
+
+    /* Operations between two looks at the command to pause: some 0.3 ms. */
+    BATCH = 1024,
+    TICK_MS = 100,
+    /* Left free beside the working set, for the kernel itself. */
+    MARGIN_MIB = 24,
+};
+
+static const uint64_t PROGRESS_PAGE_MAGIC = UINT64_C(0x31474f525042414c); /* "LABPROG1" */
+static const char *const KIND_NAMES[] = {"idle", "sequential", "random"};
+
+struct parameters {
+    enum kind kind;
+    uint64_t wss_mib;
+    uint64_t threads;
+    uint64_t seed;
+};
+
+static volatile uint64_t *progress;
+static struct writer writers[MAX_THREADS];
+
+/* Pausing the writers between two operations, for the whole-set verifier. */
+static atomic_bool pause_wanted = true;
+static pthread_mutex_t pause_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t pause_changed = PTHREAD_COND_INITIALIZER;
+static uint64_t writers_paused;
+
+/* One record is one write(), so that no other line can get into it. */
+static __attribute__((format(printf, 1, 2))) void record(const char *format, ...)
+{
+    char line[512];
+    va_list args;
+    int length;
+
+    va_start(args, format);
+    length = vsnprintf(line, sizeof(line) - 1, format, args);
+    va_end(args);
+    if (length < 0) {
+        return;
+    }
+    if ((size_t)length > sizeof(line) - 2) {
+        length = sizeof(line) - 2;
+    }
+    line[length++] = '\n';
+    for (char *from = line; length > 0;) {
+        ssize_t written = write(STDOUT_FILENO, from, (size_t)length);
+
+        if (written < 0) {
+            if (errno == EINTR || errno == EAGAIN) {
+                continue;
+            }
+            return; /* no console: the host sees that nothing came */
+        }
+        from += written;
+        length -= (int)written;
+    }
+}
+
+static _Noreturn void power_off(void)
+{
+    tcdrain(STDOUT_FILENO); /* the serial port is slower than the power switch */
+    sync();
+    reboot(RB_POWER_OFF);
+    reboot(RB_AUTOBOOT); /* no ACPI: with -no-reboot this ends QEMU as well */
+    for (;;) {
+        pause();
+    }
+}
+
+static _Noreturn __attribute__((format(printf, 1, 2))) void fail(const char *format, ...)
+{
+    char text[400];
+    va_list args;
+
+    va_start(args, format);
+    vsnprintf(text, sizeof(text), format, args);
+    va_end(args);
+    record("LAB1 error %s", text);
+    power_off();
+}
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* A number nobody chose.  There may be no entropy this early, and blocking for it would
+ * cost a second, so the time stamp counter and the clock are mixed in. */
+static uint64_t make_nonce(void)
+{
+    uint64_t nonce = 0;
+    struct timespec now;
+
+    if (getrandom(&nonce, sizeof(nonce), GRND_INSECURE) != (ssize_t)sizeof(nonce)) {
+        nonce = 0;
+    }
+    clock_gettime(CLOCK_REALTIME, &now);
+    nonce ^= mix64((uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec);
+    nonce = mix64(nonce ^ __builtin_ia32_rdtsc());
+    return nonce ? nonce : 1;
+}
+
+/* Guest physical address of a resident page of ours. */
+static uint64_t physical_address(volatile void *address)
+{
+    uint64_t entry = 0;
+    int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    off_t offset = (off_t)((uintptr_t)address / PAGE_BYTES * sizeof(entry));
+
+    if (fd < 0 || pread(fd, &entry, sizeof(entry), offset) != (ssize_t)sizeof(entry)) {
+        fail("what=pagemap errno=%d", errno);
+    }
+    close(fd);
+    entry &= (UINT64_C(1) << 55) - 1; /* the page frame number */
+    if (!entry) {
+        fail("what=pagemap errno=0");
+    }
+    return entry * PAGE_BYTES;
+}
+
+/* ---------------------------------------------------------------- parameters */
+
+/* Make a value from the command line safe to put into a record. */
+static const char *printable(const char *value)
+{
+    static char copy[64];
+    size_t n = 0;
+
+    for (; *value && n < sizeof(copy) - 1; value++) {
+        copy[n++] = *value > ' ' && *value < 127 && *value != '=' ? *value : '?';
+    }
+    copy[n] = 0;
+    return n ? copy : "?";
+}
+
+static uint64_t number(const char *name, const char *value, uint64_t least, uint64_t most)
+{
+    char *end;
+    uint64_t result;
+
+    errno = 0;
+    result = strtoull(value, &end, 10);
+    if (*value < '0' || *value > '9' || *end || errno || result < least || result > most) {
+        fail("what=parameter name=%s value=%s", name, printable(value));
+    }
+    return result;
+}
+
+static void parse_parameter(struct parameters *p, const char *name, const char *value)
+{
+    if (!strcmp(name, "lab.workload")) {
+        for (unsigned kind = 0; kind < sizeof(KIND_NAMES) / sizeof(*KIND_NAMES); kind++) {
+            if (!strcmp(value, KIND_NAMES[kind])) {
+                p->kind = (enum kind)kind;
+                return;
+            }
+        }
+        fail("what=parameter name=%s value=%s", name, printable(value));
+    } else if (!strcmp(name, "lab.wss_mib")) {
+        p->wss_mib = number(name, value, 0, UINT64_C(1) << 20);
+    } else if (!strcmp(name, "lab.threads")) {
+        p->threads = number(name, value, 1, MAX_THREADS);
+    } else if (!strcmp(name, "lab.seed")) {
+        p->seed = number(name, value, 0, UINT64_MAX);
+    } else {
+        char unknown[64];
+
+        snprintf(unknown, sizeof(unknown), "%s", printable(name));
+        fail("what=parameter name=%s value=%s", unknown, printable(value));
+    }
+}
+
+static struct parameters read_parameters(void)
+{
+    struct parameters p = {.kind = KIND_IDLE, .wss_mib = 0, .threads = 1, .seed = 1};
+    char line[4096];
+    char *rest = NULL;
+    int fd = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
+    ssize_t length = fd < 0 ? -1 : read(fd, line, sizeof(line) - 1);
+
+    if (length < 0) {
+        fail("what=cmdline errno=%d", errno);
+    }
+    close(fd);
+    line[length] = 0;
+    for (char *word = strtok_r(line, " \n", &rest); word; word = strtok_r(NULL, " \n", &rest)) {
+        char *value = strchr(word, '=');
+
+        if (strncmp(word, "lab.", 4)) {
+            continue; /* the kernel's */
+        }
+        if (!value) {
+            fail("what=parameter name=%s value=?", printable(word));
+        }
+        *value++ = 0;
+        parse_parameter(&p, word, value);
+    }
+    return p;
+}
+
+/* -------------------------------------------------------------------- memory */
+
+/* Zero-filled, resident memory in pages of 4 KiB, so that one write dirties one page. */
+static void *allocate(uint64_t bytes)
+{
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (memory == MAP_FAILED) {
+        fail("what=memory need_mib=%llu errno=%d", (unsigned long long)(bytes >> 20), errno);
+    }
+    madvise(memory, bytes, MADV_NOHUGEPAGE); /* fails harmlessly in a kernel without THP */
+    if (madvise(memory, bytes, MADV_POPULATE_WRITE)) {
+        /* Older than Linux 5.14: touch the pages one by one. */
+        for (uint64_t at = 0; at < bytes; at += PAGE_BYTES) {
+            ((volatile char *)memory)[at] = 0;
+        }
+    }
+    return memory;
+}
+
+static void check_memory(uint64_t need_mib)
+{
+    struct sysinfo info;
+    uint64_t free_mib;
+
+    if (sysinfo(&info)) {
+        fail("what=sysinfo errno=%d", errno);
+    }
+    free_mib = (uint64_t)info.freeram * info.mem_unit >> 20;
+    if (need_mib + MARGIN_MIB > free_mib) {
+        fail("what=memory need_mib=%llu free_mib=%llu", (unsigned long long)(need_mib + MARGIN_MIB),
+             (unsigned long long)free_mib);
+    }
+}
+
+/* ------------------------------------------------------------------- writers */
+
+/* Count a page that is not what its writer left there, say so at most once a second, and
+ * mend what the operation does not write anyway, so that one fault is counted once. */
+static void page_is_bad(struct writer *w, uint64_t page)
+{
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    static uint64_t last_ns;
+    volatile uint64_t *words = w->pages + page * PAGE_WORDS;
+    uint64_t now = now_ns();
+    bool say;
+
+    __atomic_fetch_add(&progress[PROGRESS_ERRORS], 1, __ATOMIC_RELAXED);
+    pthread_mutex_lock(&lock);
+    say = !last_ns || now - last_ns >= 1000000000u;
+    if (say) {
+        last_ns = now;
+    }
+    pthread_mutex_unlock(&lock);
+    if (say) {
+        record("LAB1 error what=page thread=%llu page=%llu op=%llu magic=%016llx index=%llu"
+               " head=%llu body=%llu tail=%llu table=%llu",
+               (unsigned long long)w->thread, (unsigned long long)(w->first + page),
+               (unsigned long long)w->done, (unsigned long long)words[WORD_MAGIC],
+               (unsigned long long)words[WORD_INDEX], (unsigned long long)words[WORD_HEAD],
+               (unsigned long long)words[WORD_BODY], (unsigned long long)words[WORD_TAIL],
+               (unsigned long long)w->table[page]);
+    }
+    words[WORD_MAGIC] = w->magic;
+    words[WORD_INDEX] = w->first + page;
+}
+
+static void pause_if_wanted(void)
+{
+    if (!atomic_load_explicit(&pause_wanted, memory_order_relaxed)) {
+        return;
+    }
+    pthread_mutex_lock(&pause_lock);
+    writers_paused++;
+    pthread_cond_broadcast(&pause_changed);
+    while (atomic_load(&pause_wanted)) {
+        pthread_cond_wait(&pause_changed, &pause_lock);
+    }
+    writers_paused--;
+    pthread_cond_broadcast(&pause_changed);
+    pthread_mutex_unlock(&pause_lock);
+}
+
+static void wait_for_paused(uint64_t count)
+{
+    pthread_mutex_lock(&pause_lock);
+    while (writers_paused != count) {
+        pthread_cond_wait(&pause_changed, &pause_lock);
+    }
+    pthread_mutex_unlock(&pause_lock);
+}
+
+static void set_pause(bool wanted)
+{
+    pthread_mutex_lock(&pause_lock);
+    atomic_store(&pause_wanted, wanted);
+    pthread_cond_broadcast(&pause_changed);
+    pthread_mutex_unlock(&pause_lock);
+}
+
+/* Thread i stays on vCPU i, so that a fault's vCPU says whose page it was. */
+static void pin(uint64_t thread)
+{
+    cpu_set_t cpus;
+
+    CPU_ZERO(&cpus);
+    CPU_SET(thread % (uint64_t)get_nprocs(), &cpus);
+    sched_setaffinity(0, sizeof(cpus), &cpus);
+}
+
+static void *writer_main(void *argument)
+{
+    struct writer *w = argument;
+
+    pin(w->thread);
+    for (;;) {
+        pause_if_wanted();
+        if (w->kind == KIND_IDLE) {
+            nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+            *w->ops = ++w->done;
+        } else {
+            run_operations(w, BATCH);
+        }
+    }
+    return NULL;
+}
+
+static uint64_t total_operations(uint64_t threads)
+{
+    uint64_t sum = 0;
+
+    for (uint64_t i = 0; i < threads; i++) {
+        sum += progress[PROGRESS_OPS + PROGRESS_OPS_STRIDE * i];
+    }
+    return sum;
+}
+
+/*
+ * Let the writers run until the machine's address translation caches are as large and as
+ * full as they are going to be.
+ *
+ * This is for TCG.  Its software TLB starts with 256 entries and doubles only when it is
+ * flushed while mostly full; a guest that never flushes stays at 256, and the first flush,
+ * such as the one a snapshot causes, would change its speed.  So have it flushed, by a
+ * change of protection that is too wide to be flushed page by page, each time the writers
+ * have done enough to fill the size it has by then.  Elsewhere it costs some milliseconds.
+ */
+static void warm_up(const struct parameters *p, uint64_t wss_pages)
+{
+    enum { BLOCK = 64 * PAGE_BYTES };
+    void *block = allocate(BLOCK);
+
+    for (uint64_t entries = 256; entries < 2 * wss_pages; entries *= 2) {
+        uint64_t before[MAX_THREADS];
+
+        for (uint64_t i = 0; i < p->threads; i++) {
+            before[i] = *writers[i].ops;
+        }
+        for (uint64_t i = 0; i < p->threads; i++) {
+            uint64_t fill = 2 * (entries < writers[i].count ? entries : writers[i].count);
+
+            while (*writers[i].ops - before[i] < fill) {
+                nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+            }
+        }
+        mprotect(block, BLOCK, PROT_READ);
+        mprotect(block, BLOCK, PROT_READ | PROT_WRITE);
+    }
+    munmap(block, BLOCK);
+}
+
+/* Between two operations of every writer, compare every word of the working set. */
+static void verify(const struct parameters *p, uint64_t running)
+{
+    uint64_t wss_pages = progress[PROGRESS_WSS_PAGES];
+    uint64_t bad = 0;
+
+    set_pause(true);
+    wait_for_paused(running);
+    for (uint64_t i = 0; wss_pages && i < p->threads; i++) {
+        struct writer *w = &writers[i];
+
+        for (uint64_t page = 0; page < w->count; page++) {
+            bad += !page_is_intact(w->pages + page * PAGE_WORDS, w->magic, w->first + page,
+                                   w->table[page]);
+        }
+    }
+    record("LAB1 verify pages=%llu bad=%llu errors=%llu ops=%llu", (unsigned long long)wss_pages,
+           (unsigned long long)bad, (unsigned long long)progress[PROGRESS_ERRORS],
+           (unsigned long long)total_operations(p->threads));
+    set_pause(false);
+}
+
+/* ---------------------------------------------------------------------- main */
+
+static void tick(const struct parameters *p)
+{
+    progress[PROGRESS_CHECKS] = p->kind == KIND_IDLE ? 0 : total_operations(p->threads);
+    progress[PROGRESS_TICK_NS] = now_ns();
+}
+
+static void command(const char *line, const struct parameters *p, uint64_t running)
+{
+    if (!strcmp(line, "verify")) {
+        verify(p, running);
+    } else if (!strcmp(line, "tick")) {
+        record("LAB1 tick ns=%llu ops=%llu errors=%llu", (unsigned long long)now_ns(),
+               (unsigned long long)total_operations(p->threads),
+               (unsigned long long)progress[PROGRESS_ERRORS]);
+    } else if (!strcmp(line, "poweroff")) {
+        record("LAB1 bye ops=%llu errors=%llu", (unsigned long long)total_operations(p->threads),
+               (unsigned long long)progress[PROGRESS_ERRORS]);
+        power_off();
+    } else if (*line) {
+        record("LAB1 error what=command value=%s", printable(line));
+    }
+}
+
+static _Noreturn void serve(const struct parameters *p, uint64_t running)
+{
+    char line[64];
+    size_t used = 0;
+    bool console = true;
+
+    for (;;) {
+        struct pollfd input = {.fd = console ? STDIN_FILENO : -1, .events = POLLIN};
+        char byte;
+
+        if (poll(&input, 1, TICK_MS) <= 0) {
+            tick(p);
+            continue;
+        }
+        tick(p);
+        if (read(STDIN_FILENO, &byte, 1) != 1) {
+            console = false; /* nobody will ever type: go on without */
+        } else if (byte == '\n' || byte == '\r') {
+            line[used] = 0;
+            used = 0;
+            command(line, p, running);
+        } else if (used < sizeof(line) - 1) {
+            line[used++] = byte;
+        }
+    }
+}
+
+static void set_up_console(void)
+{
+    struct termios settings;
+
+    if (!tcgetattr(STDIN_FILENO, &settings)) {
+        settings.c_lflag &= ~(tcflag_t)(ECHO | ICANON | ISIG); /* only records come out */
+        tcsetattr(STDIN_FILENO, TCSANOW, &settings);
+    }
+}
+
+int main(void)
+{
+    struct parameters p;
+    struct utsname system;
+    uint64_t wss_pages, nonce, running;
+    uint64_t *set = NULL, *table = NULL;
+
+    set_up_console();
+    uname(&system);
+    record("LAB1 hello protocol=1 kernel=%s", printable(system.release));
+    if (mount("proc", "/proc", "proc", 0, NULL)) {
+        fail("what=mount errno=%d", errno);
+    }
+    p = read_parameters();
+    wss_pages = p.wss_mib << 8;
+    record("LAB1 params kind=%s wss_mib=%llu threads=%llu seed=%llu cpus=%d", KIND_NAMES[p.kind],
+           (unsigned long long)p.wss_mib, (unsigned long long)p.threads,
+           (unsigned long long)p.seed, get_nprocs());
+    if (p.kind != KIND_IDLE && wss_pages < p.threads) {
+        fail("what=parameter name=lab.wss_mib value=%llu", (unsigned long long)p.wss_mib);
+    }
+    check_memory(p.wss_mib + (wss_pages * sizeof(*table) >> 20));
+
+    progress = allocate(PAGE_BYTES);
+    if (mlock((void *)progress, PAGE_BYTES)) {
+        fail("what=mlock errno=%d", errno);
+    }
+    nonce = make_nonce();
+    progress[PROGRESS_LAYOUT] = 1;
+    progress[PROGRESS_NONCE] = nonce;
+    progress[PROGRESS_THREADS] = p.threads;
+    progress[PROGRESS_WSS_PAGES] = wss_pages;
+    progress[PROGRESS_KIND] = p.kind;
+    progress[PROGRESS_SEED] = p.seed;
+    progress[PROGRESS_STATE] = STATE_POPULATING;
+    progress[PROGRESS_MAGIC] = PROGRESS_PAGE_MAGIC;
+
+    if (wss_pages) {
+        set = allocate(wss_pages * PAGE_BYTES);
+        table = allocate(wss_pages * sizeof(*table));
+        for (uint64_t index = 0; index < wss_pages; index++) {
+            populate(set + index * PAGE_WORDS, PAGE_MAGIC ^ nonce, index);
+        }
+        progress[PROGRESS_TABLE_GPA] = physical_address(table);
+    }
+
+    running = p.kind == KIND_IDLE ? 1 : p.threads;
+    for (uint64_t i = 0; i < p.threads; i++) {
+        struct writer *w = &writers[i];
+        pthread_t thread;
+
+        writer_init(w, p.kind, p.seed, i, p.threads, wss_pages);
+        if (wss_pages) {
+            w->pages = set + w->first * PAGE_WORDS;
+            w->table = table + w->first;
+        }
+        w->ops = &progress[PROGRESS_OPS + PROGRESS_OPS_STRIDE * i];
+        w->magic = PAGE_MAGIC ^ nonce;
+        if (i < running && (errno = pthread_create(&thread, NULL, writer_main, w))) {
+            fail("what=thread errno=%d", errno);
+        }
+    }
+    wait_for_paused(running);
+    set_pause(false);
+    if (p.kind != KIND_IDLE) {
+        warm_up(&p, wss_pages);
+    }
+    tick(&p);
+    progress[PROGRESS_STATE] = STATE_RUNNING;
+    record("LAB1 ready nonce=%016llx progress_gpa=%llx wss_pages=%llu threads=%llu seed=%llu"
+           " kind=%s", (unsigned long long)nonce,
+           (unsigned long long)physical_address(progress), (unsigned long long)wss_pages,
+           (unsigned long long)p.threads, (unsigned long long)p.seed, KIND_NAMES[p.kind]);
+    serve(&p, running);
+}
+#endif

@@ -1,0 +1,479 @@
+"""This host: what a run records about it, and whether it can do what the lab needs."""
+
+import importlib.metadata
+import itertools
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from lab.cache import cache_dir
+from lab.errors import HostError, LabError
+from lab.probe import KVM_DEVICE, UffdProbe, kvm_is_pvm, probe_kvm, probe_uffd
+
+Status = Literal["ok", "warn", "fail"]
+
+NAME_PREFIX = "lab-"
+"""QEMU's `-name` begins with this, so that `lab doctor` can list a stray guest."""
+
+_MARKER = re.compile(rf"^(?:guest=)?{NAME_PREFIX}[0-9a-f]{{8}}")
+_RECORDED_LIBRARIES = (
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "scipy",
+    "matplotlib",
+    "msgspec",
+    "psutil",
+    "qemu.qmp",
+)
+_THP = Path("/sys/kernel/mm/transparent_hugepage")
+# Write protection of anonymous memory came with Linux 5.7, of unpopulated pages with 6.4.
+_OLDEST_KERNEL = (5, 7)
+_COMFORTABLE_KERNEL = (6, 4)
+_MIB = 1 << 20
+
+
+# --- What a run records ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostInfo:
+    """The host a measurement was made on, without what names it or its owner.
+
+    ``virtualisation``: ``none``, ``vm``, ``container`` or ``vm+container``. ``kvm``: ``none``,
+    ``pvm`` or ``present`` (a usable device node; see `lab.probe.probe_kvm` for whether it runs).
+    ``governor``: the CPU frequency governors in use, empty where the kernel has none.
+    ``thp``: files of ``/sys/kernel/mm/transparent_hugepage`` and the value selected in each.
+    """
+
+    cpu_model: str
+    cpu_count: int
+    numa_nodes: int
+    memory_bytes: int
+    swap_bytes: int
+    page_size_bytes: int
+    architecture: str
+    kernel: str
+    distribution: str
+    virtualisation: str
+    kvm: str
+    governor: str
+    clocksource: str
+    thp: dict[str, str]
+    python: str
+    libraries: dict[str, str]
+
+    @classmethod
+    def collect(cls) -> "HostInfo":
+        """Read this host. Takes milliseconds and starts no process."""
+        cpuinfo = _read("/proc/cpuinfo")
+        model = re.search(r"^model name\s*: (.*)$", cpuinfo, re.MULTILINE)
+        return cls(
+            cpu_model=model[1].strip() if model else platform.machine(),
+            cpu_count=os.cpu_count() or 1,
+            numa_nodes=len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1,
+            memory_bytes=psutil.virtual_memory().total,
+            swap_bytes=psutil.swap_memory().total,
+            page_size_bytes=os.sysconf("SC_PAGESIZE"),
+            architecture=platform.machine(),
+            kernel=platform.release(),
+            distribution=platform.freedesktop_os_release().get("PRETTY_NAME", ""),
+            virtualisation=_virtualisation(cpuinfo),
+            kvm=_kvm(),
+            governor=_governor(),
+            clocksource=_read(
+                "/sys/devices/system/clocksource/clocksource0/current_clocksource"
+            ).strip(),
+            thp=thp_settings(),
+            python=platform.python_version(),
+            libraries=_libraries(),
+        )
+
+
+def _read(path: str | Path) -> str:
+    """A file of /proc or /sys, empty where this kernel has none."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def selected(setting: str) -> str:
+    """The choice in brackets of a line such as ``always [madvise] never``, else the line."""
+    match = re.search(r"\[([^\]]+)\]", setting)
+    return match[1] if match else setting.strip()
+
+
+def thp_settings() -> dict[str, str]:
+    """The kernel's settings for transparent huge pages; empty where it has none."""
+    names = ("enabled", "defrag", "shmem_enabled")
+    return {name: selected(text) for name in names if (text := _read(_THP / name))}
+
+
+def _virtualisation(cpuinfo: str) -> str:
+    kinds = []
+    if re.search(r"^flags\s*:.*\bhypervisor\b", cpuinfo, re.MULTILINE):
+        kinds.append("vm")
+    markers = (Path("/.dockerenv"), Path("/run/.containerenv"), Path("/run/systemd/container"))
+    if any(marker.exists() for marker in markers):
+        kinds.append("container")
+    return "+".join(kinds) or "none"
+
+
+def _kvm() -> str:
+    if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
+        return "none"
+    return "pvm" if kvm_is_pvm() else "present"
+
+
+def _governor() -> str:
+    files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
+    return ",".join(sorted({_read(file).strip() for file in files}))
+
+
+def _libraries() -> dict[str, str]:
+    versions = {}
+    for name in _RECORDED_LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+# --- What boot and snapshot ask for ----------------------------------------------------------
+
+
+def uffd_remedy(probe: UffdProbe) -> str:
+    """What to do about a userfaultfd that does not report all faults."""
+    if probe.access == "user-mode-only" or "permitted" in probe.problem:
+        return (
+            "run as root, or give access: `sudo setfacl -m u:$USER:rw /dev/userfaultfd`,"
+            " or `sudo sysctl vm.unprivileged_userfaultfd=1`"
+        )
+    return "run on a Linux kernel built with CONFIG_USERFAULTFD"
+
+
+def require_uffd(features: Sequence[str] = ("wp",)) -> UffdProbe:
+    """Check that live snapshots can protect memory here.
+
+    :param features: names out of `lab.probe.UFFD_FEATURES` that must be there.
+    :raise HostError: with cause and remedy.
+    """
+    probe = probe_uffd()
+    if not probe.usable:
+        raise HostError(f"userfaultfd cannot be used: {probe.problem}", uffd_remedy(probe))
+    missing = [name for name in features if name not in probe.features]
+    if missing:
+        raise HostError(
+            f"this kernel's userfaultfd has no {', '.join(missing)}",
+            f"run on Linux {_COMFORTABLE_KERNEL[0]}.{_COMFORTABLE_KERNEL[1]} or newer",
+        )
+    return probe
+
+
+def require_setpriv() -> str:
+    """Return the path of the program that ties a guest's life to the lab's.
+
+    :raise HostError: when it is missing.
+    """
+    path = shutil.which("setpriv")
+    if path is None:
+        raise HostError("the program setpriv is missing", "install the package util-linux")
+    return path
+
+
+def available_memory_mib() -> int:
+    """What can be allocated without swapping."""
+    return int(psutil.virtual_memory().available // _MIB)
+
+
+def require_memory(needed_mib: int, what: str) -> None:
+    """Check that so much memory can be had without swapping.
+
+    :param what: what needs it, such as "1024 MiB of guest RAM".
+    :raise HostError: when it cannot.
+    """
+    available_mib = available_memory_mib()
+    if available_mib < needed_mib:
+        raise HostError(
+            f"{what} need {needed_mib} MiB of host memory and {available_mib} MiB are available",
+            "choose a smaller ram_mib, or stop other programs",
+        )
+
+
+def require_disk(folder: Path, needed_mib: int, what: str, remedy: str) -> None:
+    """Check that a folder's file system has so much room.
+
+    :param what: what needs it, such as "an image".
+    :raise HostError: when it has not, or there is no such folder.
+    """
+    try:
+        free_mib = shutil.disk_usage(folder).free // _MIB
+    except OSError as error:
+        raise HostError(f"{folder}: {error.strerror}", "name a folder that exists") from error
+    if free_mib < needed_mib:
+        raise HostError(
+            f"{what} needs {needed_mib} MiB in {folder} and {free_mib} MiB are free", remedy
+        )
+
+
+def kvm_problem() -> str:
+    """Why a Linux guest does not run under KVM here; empty when it does. Takes a moment: it runs
+    an instruction.
+    """
+    if problem := probe_kvm():
+        return problem
+    return "KVM runs, but it is PVM: a Linux guest does not boot under it" if kvm_is_pvm() else ""
+
+
+def require_kvm() -> None:
+    """Check that a Linux guest runs under KVM here.
+
+    :raise HostError: when it does not.
+    """
+    if problem := kvm_problem():
+        raise HostError(problem, 'use accel="tcg"; see `lab doctor`')
+
+
+# --- The checks of `lab doctor` --------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One answer of ``lab doctor``. ``fail``: the lab cannot take a live snapshot here."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrayQemu:
+    """A running QEMU that carries the lab's marker, and whether whoever started it is gone."""
+
+    pid: int
+    name: str
+    parent_pid: int
+    orphaned: bool
+
+
+def is_lab_command(command: Sequence[str]) -> str:
+    """The ``-name`` of a QEMU the lab started, empty for any other command."""
+    for option, value in itertools.pairwise(command):
+        if option == "-name" and _MARKER.match(value):
+            return value
+    return ""
+
+
+def running_qemus() -> list[StrayQemu]:
+    """List the QEMUs with the lab's marker. Only lists: they may belong to another session."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            name = is_lab_command(process.cmdline())
+            if not name or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            parent = process.parent()
+            orphaned = parent is None or parent.pid == 1 or parent.name() == "systemd"
+            pid = 0 if parent is None else parent.pid
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        found.append(StrayQemu(pid=process.pid, name=name, parent_pid=pid, orphaned=orphaned))
+    return found
+
+
+def debian_packages() -> list[str]:
+    """The Debian packages the lab needs, from ``debian-packages.txt``."""
+    text = resources.files("lab").joinpath("debian-packages.txt").read_text(encoding="utf-8")
+    return [name for line in text.splitlines() if (name := line.partition("#")[0].strip())]
+
+
+def missing_packages() -> list[str]:
+    """Those of `debian_packages` that are not installed; empty where there is no dpkg."""
+    wanted = debian_packages()
+    if shutil.which("dpkg-query") is None:
+        return []
+    done = subprocess.run(
+        ["dpkg-query", "-W", "-f=${db:Status-Status} ${Package}\n", *wanted],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    installed = {
+        line.removeprefix("installed ")
+        for line in done.stdout.splitlines()
+        if line.startswith("installed ")
+    }
+    return [name for name in wanted if name not in installed]
+
+
+def kernel_version(release: str) -> tuple[int, int]:
+    """The first two numbers of a kernel release such as ``6.1.0-18-cloud-amd64``."""
+    match = re.match(r"(\d+)\.(\d+)", release)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def _check_uffd() -> list[Check]:
+    probe = probe_uffd()
+    if not probe.usable:
+        remedy = uffd_remedy(probe)
+        return [Check(name="userfaultfd", status="fail", detail=probe.problem, remedy=remedy)]
+    wanted: tuple[tuple[str, Status, str], ...] = (
+        ("wp", "fail", "no live snapshot without write protection"),
+        ("thread-id", "warn", "faults cannot be told apart by vCPU"),
+        ("wp-unpopulated", "warn", "unpopulated pages have to be populated before each snapshot"),
+        ("wp-hugetlbfs-shmem", "warn", "guest RAM in shared memory or huge pages is out of reach"),
+        ("wp-async", "warn", "no asynchronous write tracking to compare with"),
+    )
+    checks = [Check(name="userfaultfd", status="ok", detail=f"by {probe.access}")]
+    for feature, status, loss in wanted:
+        name = f"userfaultfd {feature}"
+        if feature in probe.features:
+            checks.append(Check(name=name, status="ok", detail="supported"))
+        else:
+            newer = "run on a newer kernel"
+            checks.append(Check(name=name, status=status, detail=loss, remedy=newer))
+    return checks
+
+
+def _check_kernel() -> list[Check]:
+    release = platform.release()
+    version = kernel_version(release)
+    newer = f"run on Linux {_COMFORTABLE_KERNEL[0]}.{_COMFORTABLE_KERNEL[1]} or newer"
+    if version < _OLDEST_KERNEL:
+        detail = f"{release} has no write protection by userfaultfd"
+        return [Check(name="kernel", status="fail", detail=detail, remedy=newer)]
+    if version < _COMFORTABLE_KERNEL:
+        detail = f"{release} cannot protect unpopulated pages"
+        return [Check(name="kernel", status="warn", detail=detail, remedy=newer)]
+    return [Check(name="kernel", status="ok", detail=release)]
+
+
+def _check_cpu() -> list[Check]:
+    count = os.cpu_count() or 1
+    governor = _governor()
+    if count < 2:
+        detail = "one CPU: guest, snapshot and sampler take turns, so latencies mean little"
+        checks = [Check(name="cpu", status="warn", detail=detail, remedy="use two CPUs or more")]
+    else:
+        checks = [Check(name="cpu", status="ok", detail=f"{count} CPUs")]
+    if governor and governor != "performance":
+        remedy = "`sudo cpupower frequency-set -g performance` while measuring"
+        checks.append(Check(name="governor", status="warn", detail=governor, remedy=remedy))
+    else:
+        checks.append(Check(name="governor", status="ok", detail=governor or "not ours to set"))
+    return checks
+
+
+def _check_thp() -> list[Check]:
+    settings = thp_settings()
+    detail = ", ".join(f"{key} {value}" for key, value in settings.items()) or "not in this kernel"
+    return [Check(name="thp", status="ok", detail=detail)]
+
+
+def _check_kvm() -> list[Check]:
+    if problem := kvm_problem():
+        remedy = "guests run under TCG; for KVM use a host with hardware virtualisation"
+        return [Check(name="kvm", status="warn", detail=problem, remedy=remedy)]
+    return [Check(name="kvm", status="ok", detail="a vCPU runs")]
+
+
+def _room(name: str, free_mib: int, low_mib: int, too_low_mib: int, remedy: str) -> Check:
+    detail = f"{free_mib} MiB available"
+    if free_mib < too_low_mib:
+        return Check(name=name, status="fail", detail=detail, remedy=remedy)
+    if free_mib < low_mib:
+        return Check(name=name, status="warn", detail=detail, remedy=remedy)
+    return Check(name=name, status="ok", detail=detail)
+
+
+def _check_room() -> list[Check]:
+    memory_mib = available_memory_mib()
+    disk_mib = shutil.disk_usage(cache_dir()).free // _MIB
+    return [
+        _room("memory", memory_mib, 3072, 768, "stop other programs, or use a smaller --ram-mib"),
+        _room("disk", disk_mib, 6144, 1024, f"make room in {cache_dir()}, or set LAB_CACHE"),
+    ]
+
+
+def _check_programs() -> list[Check]:
+    checks = []
+    try:
+        require_setpriv()
+        checks.append(Check(name="setpriv", status="ok", detail="there"))
+    except HostError as error:
+        checks.append(Check(name="setpriv", status="fail", detail=error.cause, remedy=error.remedy))
+    missing = missing_packages()
+    if missing:
+        remedy = f"sudo apt-get install --no-install-recommends {' '.join(missing)}"
+        detail = f"{len(missing)} of the Debian packages to build with are missing"
+        checks.append(Check(name="packages", status="warn", detail=detail, remedy=remedy))
+    elif shutil.which("dpkg-query") is None:
+        detail = "not a Debian system; see lab/debian-packages.txt for what is needed"
+        checks.append(Check(name="packages", status="warn", detail=detail))
+    else:
+        checks.append(Check(name="packages", status="ok", detail="all installed"))
+    return checks
+
+
+def _check_built() -> list[Check]:
+    from lab.qemu.build import VARIANTS, find_qemu
+
+    checks = []
+    for variant in VARIANTS:
+        name = f"qemu {variant}"
+        try:
+            binary = find_qemu(variant)
+            detail = f"{binary.version}, {binary.build_id}"
+            checks.append(Check(name=name, status="ok", detail=detail))
+        except LabError as error:
+            checks.append(Check(name=name, status="warn", detail=error.cause, remedy=error.remedy))
+    from lab.guest.build import find_guest
+
+    try:
+        guest = find_guest()
+        checks.append(Check(name="guest", status="ok", detail=f"Linux {guest.kernel_version}"))
+    except LabError as error:
+        checks.append(Check(name="guest", status="warn", detail=error.cause, remedy=error.remedy))
+    return checks
+
+
+def _check_strays() -> list[Check]:
+    found = running_qemus()
+    orphans = [qemu for qemu in found if qemu.orphaned]
+    if orphans:
+        pids = " ".join(str(qemu.pid) for qemu in orphans)
+        detail = f"{len(orphans)} guests whose session is gone: {pids}"
+        remedy = f"look at them, then `kill {pids}`"
+        return [Check(name="stray guests", status="warn", detail=detail, remedy=remedy)]
+    detail = f"none ({len(found)} guests of running sessions)" if found else "none"
+    return [Check(name="stray guests", status="ok", detail=detail)]
+
+
+_CHECKS: tuple[Callable[[], list[Check]], ...] = (
+    _check_uffd,
+    _check_kernel,
+    _check_cpu,
+    _check_thp,
+    _check_kvm,
+    _check_room,
+    _check_programs,
+    _check_built,
+    _check_strays,
+)
+
+
+def run_checks() -> list[Check]:
+    """Run every check, which changes nothing on the host."""
+    return [check for run in _CHECKS for check in run()]

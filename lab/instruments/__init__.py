@@ -1,0 +1,1 @@
+"""What is measured, and with what: phases, page faults, the guest's progress."""

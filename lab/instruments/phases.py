@@ -1,0 +1,33 @@
+"""The engine's own account of a snapshot: what it did when, and how often."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+COLUMNS = ("phase", "start_ns", "end_ns", "duration_ns")
+
+
+def df_phases(query_migrate: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the phases in the reply to `query-migrate`, in the order in which they began.
+
+    Columns: `phase` its name; `start_ns` and `end_ns`, CLOCK_MONOTONIC, ns; `duration_ns`.
+    Empty when the QEMU does not say: only the patched one does, for background snapshots.
+    """
+    phases = query_migrate.get("snapshot", {}).get("phases", [])
+    rows = [(str(p["phase"]), int(p["start-ns"]), int(p["end-ns"])) for p in phases]
+    rows.sort(key=lambda row: row[1])
+    df = pd.DataFrame(rows, columns=list(COLUMNS[:3]))
+    df = df.astype({"phase": "str", "start_ns": "int64", "end_ns": "int64"})
+    df["duration_ns"] = df["end_ns"] - df["start_ns"]
+    return df
+
+
+def counters(query_migrate: Mapping[str, Any]) -> dict[str, int]:
+    """Return the engine's counters in the reply to `query-migrate`, such as `faults`."""
+    snapshot = query_migrate.get("snapshot", {})
+    return {
+        name.replace("-", "_"): int(value)
+        for name, value in snapshot.items()
+        if isinstance(value, int) and not isinstance(value, bool) and not name.endswith("-ns")
+    }

@@ -1,0 +1,354 @@
+"""Campaigns: methods times repeats, interleaved, into a run set that can be resumed.
+
+Every run is a fresh boot (`lab.sample`).  A *round* holds each method once, in an order drawn
+anew from the plan's seed, so that drift of the host (caches, memory, clock speed, neighbours)
+reaches all methods alike and no method always comes first.  A run that fails is recorded as
+failed, with its reason and without figures, and the campaign goes on; only what will fail again
+(`HostError`, `UsageError`) ends it.  Interrupted, it leaves a set that the same plan continues.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import lab
+from lab import run
+from lab.errors import HostError, LabError, RunError, UsageError
+from lab.sample import Sample, take_sample
+from lab.scenario import Machine, Scenario, Variant, Workload, from_json, method, to_json
+from lab.tables import METRICS, SUMMARY_FIELDS
+
+log = logging.getLogger(__name__)
+
+# Shown before the first run has been timed: boot, settle, baseline, snapshot, tail at 1 GiB.
+TYPICAL_RUN_S = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to measure.
+
+    `seed` fixes the order of methods inside the rounds.  `warmups` rounds come first and are
+    marked: they are recorded but never counted.  `verify` adds an untimed snapshot to every boot,
+    restores it and compares every byte of RAM.
+    """
+
+    methods: tuple[str, ...]
+    machine: Machine = field(default_factory=Machine)
+    workload: Workload = field(default_factory=Workload)
+    repeats: int = 5
+    warmups: int = 0
+    seed: int = 1
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise UsageError("no method to measure", "give --method")
+        if len(set(self.methods)) != len(self.methods):
+            raise UsageError("a method is named twice", "use --repeats for more boots of a method")
+        if self.repeats < 1 or self.warmups < 0:
+            raise UsageError(
+                "fewer than one repeat, or a negative number of warm-ups",
+                "give --repeats 1 or more",
+            )
+        for name in self.methods:
+            self.scenario(name)
+
+    def scenario(self, name: str) -> Scenario:
+        """What one run of method `name` measures."""
+        return Scenario(machine=self.machine, workload=self.workload, method=name)
+
+    @property
+    def variants(self) -> list[Variant]:
+        """QEMU binaries that the plan needs."""
+        return sorted({self.scenario(name).variant for name in self.methods})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """One run to come: its place in the campaign, its round and its method."""
+
+    order: int
+    round: int
+    method: str
+    warmup: bool
+
+
+def slots(plan: Plan) -> list[Slot]:
+    """Every run of a plan in the order of measurement: the same plan gives the same order.
+
+    Rounds count from 0; warm-up rounds come first and count from -warmups.
+    """
+    rng = random.Random(plan.seed)
+    planned: list[Slot] = []
+    for round_ in range(-plan.warmups, plan.repeats):
+        names = list(plan.methods)
+        rng.shuffle(names)
+        for name in names:
+            planned.append(Slot(order=len(planned), round=round_, method=name, warmup=round_ < 0))
+    return planned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a campaign stands, for a progress line."""
+
+    slot: Slot
+    done: int
+    total: int
+    remaining_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """What a campaign stands on: host and builds, as they go into the set.  A resumed set must
+    stand on the same.
+    """
+
+    host: Mapping[str, Any]
+    binaries: Mapping[str, Any]
+
+
+Sampler = Callable[..., Awaitable[Sample]]
+
+
+def survey(plan: Plan) -> Ground:
+    """Look at this host and at the builds that a plan needs.
+
+    :raise HostError: when a build is missing.
+    """
+    from lab.guest.build import find_guest
+    from lab.host import HostInfo
+    from lab.qemu.build import find_qemu
+
+    binaries: dict[str, Any] = {}
+    for variant in plan.variants:
+        # Where a binary lies is this machine's business; what it is, is in its hash.
+        found = msgspec.to_builtins(find_qemu(variant), enc_hook=str)
+        binaries[str(variant)] = {k: v for k, v in found.items() if k not in ("path", "variant")}
+    guest = msgspec.to_builtins(find_guest(), enc_hook=str)
+    binaries["guest"] = {k: v for k, v in guest.items() if k not in ("kernel", "initramfs")}
+    return Ground(host=msgspec.to_builtins(HostInfo.collect()), binaries=binaries)
+
+
+def open_set(path: Path, plan: Plan, ground: Ground, note: str = "") -> run.RunSet:
+    """Make the run set for a plan, or open the one that is there to continue it.
+
+    Raises RunError when it is complete, was recorded with another plan, or with other builds.
+    """
+    document = run.jsonable(to_json(plan)) | {"order": [slot.method for slot in slots(plan)]}
+    if not (path / "set.json").exists():
+        return run.create_set(
+            path, plan=document, host=ground.host, binaries=ground.binaries, lab=_lab(), note=note
+        )
+    found = run.load_set(path)
+    if found.complete:
+        raise RunError(
+            f"{path} is complete", "name another --out; recorded runs are never replaced"
+        )
+    different = sorted(k for k in document if found.record.plan.get(k) != document[k])
+    if different:
+        raise RunError(
+            f"{path} was begun with another plan ({', '.join(different)} differ)",
+            "name another --out, or give the same arguments",
+        )
+    if found.record.binaries != run.jsonable(ground.binaries):
+        raise RunError(
+            f"{path} was begun with other builds of QEMU or the guest", "name another --out"
+        )
+    return found
+
+
+def _lab() -> dict[str, Any]:
+    return {"version": lab.__version__}
+
+
+def plan_of(run_set: run.RunSet) -> Plan:
+    """The plan a set was recorded with, to measure the same again.
+
+    Raises RunError when this version of the lab cannot read it.
+    """
+    document = {k: v for k, v in run_set.record.plan.items() if k != "order"}
+    try:
+        return from_json(Plan, document)
+    except UsageError as error:
+        raise RunError(
+            f"the plan of {run_set.path} is not one of this version: {error.cause}", error.remedy
+        ) from error
+
+
+async def measure(
+    plan: Plan,
+    out: Path,
+    *,
+    image_dir: Path,
+    ground: Ground,
+    note: str = "",
+    keep_images: bool = False,
+    on_start: Callable[[Progress], None] | None = None,
+    on_run: Callable[[run.Run], None] | None = None,
+    sampler: Sampler = take_sample,
+) -> run.RunSet:
+    """Measure what is missing of a plan and return the complete set.
+
+    :param out: folder of the run set; an unfinished set of the same plan is continued.
+    :param image_dir: where snapshot images are written: its disk is part of what is measured.
+    :param on_start: called before each run; `on_run` after each, with the sealed run.
+    :param sampler: what takes one sample; tests pass their own.
+
+    :raise HostError: this host cannot do it: the set stays, unfinished.
+    :raise RunError: `out` holds something else.
+    """
+    run_set = open_set(out, plan, ground, note)
+    with run_set.lock():
+        taken = {r.record.order for r in run_set}
+        missing = [slot for slot in slots(plan) if slot.order not in taken]
+        started = time.monotonic()
+        for count, slot in enumerate(missing):
+            each_s = (time.monotonic() - started) / count if count else TYPICAL_RUN_S
+            if on_start is not None:
+                left_s = each_s * (len(missing) - count)
+                on_start(
+                    Progress(
+                        slot=slot,
+                        done=len(taken) + count,
+                        total=len(taken) + len(missing),
+                        remaining_s=left_s,
+                    )
+                )
+            recorded = await _one(
+                run_set, plan, slot, image_dir, ground, note, keep_images, sampler
+            )
+            if on_run is not None:
+                on_run(recorded)
+        run_set.finish()
+    return run_set
+
+
+async def _one(
+    run_set: run.RunSet,
+    plan: Plan,
+    slot: Slot,
+    image_dir: Path,
+    ground: Ground,
+    note: str,
+    keep_images: bool,
+    sampler: Sampler,
+) -> run.Run:
+    scenario = plan.scenario(slot.method)
+    created = run.utc_now()
+    image = image_dir / f"{run_set.name}-{slot.order:03d}-{slot.method}.snap"
+    try:
+        sample = await sampler(scenario, image, verify=plan.verify, keep_image=keep_images)
+    except (HostError, UsageError):
+        # The next run would fail in the same way.
+        raise
+    except LabError as error:
+        log.info("run %d (%s) failed: %s", slot.order, slot.method, error)
+        sample = Sample(outcome="failed", reason=str(error), logs=_logs_of(error))
+    variant = str(scenario.variant)
+    binaries = {
+        "qemu": dict(ground.binaries.get(variant, {})) | {"variant": variant},
+        "guest": dict(ground.binaries.get("guest", {})),
+    }
+    record = run.RunRecord(
+        schema=run.RUN_SCHEMA,
+        id=uuid.uuid4().hex,
+        kind="snapshot",
+        created_utc=created,
+        outcome=sample.outcome,
+        reason=_scrub(sample.reason, image_dir),
+        method=slot.method,
+        order=slot.order,
+        round=slot.round,
+        warmup=slot.warmup,
+        scenario=run.jsonable(to_json(scenario)),
+        host=run.jsonable(ground.host) | run.jsonable(sample.host),
+        binaries=run.jsonable(binaries),
+        clocks={"t_ns, *_ns": "CLOCK_MONOTONIC of the host, ns"},
+        marks=sample.marks,
+        summary=summarise(scenario, sample) | {"reason": _scrub(sample.reason, image_dir)},
+        tables={},
+        files=[],
+        note=note,
+        warnings=list(sample.warnings),
+    )
+    logs = {name: text for name, text in sample.logs.items() if text.strip()}
+    return run_set.append(record, sample.tables, logs)
+
+
+def summarise(scenario: Scenario, sample: Sample) -> dict[str, Any]:
+    """The summary line: what was asked for and what came of it.
+
+    A failed run has null for every figure, also where something was measured before it failed.
+    """
+    values: dict[str, Any] = dict.fromkeys(SUMMARY_FIELDS)
+    values |= {
+        "method": scenario.method,
+        "engine": method(scenario.method).engine,
+        "accel": scenario.machine.accel,
+        "outcome": sample.outcome,
+        "ram_mib": scenario.machine.ram_mib,
+        "wss_mib": scenario.workload.wss_mib,
+        "vcpus": scenario.machine.vcpus,
+        "workload": scenario.workload.kind,
+    }
+    if scenario.workload.kind == "idle":
+        values["wss_mib"] = None
+    values |= {k: v for k, v in sample.figures.items() if k in SUMMARY_FIELDS}
+    if sample.outcome == "failed":
+        values |= dict.fromkeys([*METRICS, "back_capped"])
+    result: dict[str, Any] = run.jsonable(values)
+    return result
+
+
+def _scrub(text: str | None, image_dir: Path) -> str | None:
+    # A recorded run is published: it names the image, not where somebody keeps images.
+    return (
+        text
+        if text is None
+        else text.replace(f"{image_dir}/", "").replace(str(image_dir), "the image folder")
+    )
+
+
+def _logs_of(error: LabError) -> dict[str, bytes]:
+    tail = getattr(error, "log_tail", "")
+    return {"qemu.log": str(tail).encode()} if tail else {}
+
+
+def estimate_text(remaining_s: float) -> str:
+    """Seconds as people say them."""
+    if remaining_s < 90:
+        return f"{remaining_s:.0f} s"
+    return f"{remaining_s / 60:.0f} min"
+
+
+def describe(plan: Plan) -> Sequence[str]:
+    """The plan as lines for `--dry-run`."""
+    machine, workload = plan.machine, plan.workload
+    planned = slots(plan)
+    head = "; ".join(
+        [
+            f"{len(planned)} runs: {plan.repeats} x {len(plan.methods)} methods"
+            + (f" after {plan.warmups} warm-up rounds" if plan.warmups else ""),
+            f"{machine.ram_mib} MiB RAM, {machine.vcpus} vCPU, {machine.accel}",
+            f"{workload.kind} {workload.wss_mib} MiB",
+            f"about {estimate_text(TYPICAL_RUN_S * len(planned))}",
+        ]
+    )
+    return [
+        head,
+        *(
+            f"{s.order:03d}  round {s.round}  {s.method}{'  (warm-up)' if s.warmup else ''}"
+            for s in planned
+        ),
+    ]

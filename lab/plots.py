@@ -1,0 +1,367 @@
+"""Figures: `plot_*(data, *, ax=None) -> Axes`.  They draw what they are given and compute nothing
+of their own.
+
+Colours are Okabe and Ito's, which stay apart for colour-blind readers and in grey; a method keeps
+its colour and marker in every figure.  `stamp` writes under a figure what a reader must know to
+judge it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from lab.scenario import METHODS
+from lab.stats import quantile
+
+if TYPE_CHECKING:
+    from lab.run import RunSet
+
+STYLE = Path(__file__).with_name("lab.mplstyle")
+
+# Okabe and Ito, without black and yellow (too strong and too weak as a line on white)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+COST_COLUMNS = {
+    "pause_ms": "pause, ms",
+    "duration_ms": "duration, ms",
+    "lost_work_ms": "lost work, ms",
+    "image_mib": "image, MiB",
+}
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Figures made inside have the lab's style; the process's own is as before afterwards."""
+    # Loads the backend: a notebook's sets itself up then, and the context would take that back.
+    plt.draw_if_interactive()  # type: ignore[no-untyped-call]  # matplotlib does not type it
+    with plt.style.context(STYLE):
+        yield
+
+
+def use_style() -> None:
+    """Apply the lab's style to this process's figures."""
+    plt.style.use(STYLE)
+
+
+def _slot(method: str) -> int:
+    names = list(METHODS)
+    # A method of an older recording that the lab no longer knows still gets a stable place.
+    return names.index(method) if method in names else len(names) + sum(map(ord, method))
+
+
+def colour(method: str) -> str:
+    """The colour of a method, the same in every figure."""
+    return COLOURS[_slot(method) % len(COLOURS)]
+
+
+def marker(method: str) -> str:
+    """The marker of a method, the same in every figure."""
+    return MARKERS[_slot(method) % len(MARKERS)]
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    with styled():
+        return plt.subplots()[1]
+
+
+def _plain(value: float, _position: int) -> str:
+    return f"{value:g}"
+
+
+def _in_order(methods: Iterable[str]) -> list[str]:
+    return sorted(set(methods), key=lambda m: (_slot(m), m))
+
+
+def stamp_text(run_set: RunSet, methods: Sequence[str] | None = None) -> str:
+    """What a reader must know: boots, accelerator, machine, host, builds, date."""
+    runs = [r for r in run_set.measured() if methods is None or r.record.method in methods]
+    if not runs:
+        return f"{run_set.name}: no run that counts"
+    counts = sorted(set(Counter(r.record.method for r in runs).values()))
+    boots = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+    def all_of(field: str) -> str:
+        return "/".join(sorted({str(r.summary.get(field)) for r in runs}))
+
+    builds = sorted({r.build for r in runs})
+    host = run_set.record.host
+    parts = [
+        f"n={boots} boots a method",
+        f"{all_of('accel')}, {all_of('vcpus')} vCPU, {all_of('ram_mib')} MiB RAM",
+        f"{all_of('workload')} {all_of('wss_mib')} MiB",
+        str(host.get("cpu_model") or host.get("cpu") or "unknown CPU"),
+        f"Linux {host.get('kernel') or host.get('kernel_release') or 'unknown'}",
+        "QEMU " + ", ".join(builds),
+        f"set {run_set.name}, {run_set.record.created_utc[:10]}",
+    ]
+    return " | ".join(parts)
+
+
+def stamp(ax: Axes, text: str) -> Axes:
+    """Write `text` small under the figure of `ax`."""
+    figure = ax.get_figure()
+    if figure is not None:
+        figure.supxlabel(_wrap(text), fontsize=6.5, color="#555555", x=0.01, ha="left")
+    return ax
+
+
+def _wrap(text: str, width: int = 120) -> str:
+    lines, line = [], ""
+    for part in text.split(" | "):
+        if line and len(line) + len(part) + 3 > width:
+            lines.append(line)
+            line = part
+        else:
+            line = f"{line} | {part}" if line else part
+    return "\n".join([*lines, line])
+
+
+def plot_fault_latency(faults: pd.DataFrame, *, by: str = "method", ax: Axes | None = None) -> Axes:
+    """Distribution of fault latency: share of faults resolved within x, x logarithmic.
+
+    :param faults: `lab.tables.df_faults_by_method`, or one run's `df_faults()`.  One line per run,
+        so that the spread between boots shows; faults that another thread released are left out.
+    """
+    ax = _axes(ax)
+    data = _latencies(faults)
+    if by not in data:
+        data = data.assign(**{by: faults.attrs.get("method", "faults")})
+    labelled = set()
+    for keys, part in data.groupby([by, "run"], observed=True, sort=False):
+        name = str(keys[0])
+        values = np.sort(part["latency_us"].dropna().to_numpy(dtype=np.float64))
+        if len(values) == 0:
+            continue
+        share = np.arange(1, len(values) + 1) / len(values)
+        label = None if name in labelled else name
+        labelled.add(name)
+        ax.step(
+            values, share, where="post", color=colour(name), label=label, alpha=0.8, linewidth=1.2
+        )
+    _log_us(ax)
+    ax.set_ylim(0, 1.01)
+    ax.set_ylabel("share of faults")
+    ax.set_title("Write-fault latency, one line a boot")
+    if labelled and labelled != {"faults"}:
+        ax.legend(loc="lower right")
+    return ax
+
+
+def plot_fault_histogram(
+    faults: pd.DataFrame, *, bins_per_decade: int = 20, ax: Axes | None = None
+) -> Axes:
+    """Histogram of fault latency with logarithmic bins, p50 and p99 marked.
+
+    :param faults: as for `plot_fault_latency`; all rows are drawn as one population.
+    """
+    ax = _axes(ax)
+    values = _latencies(faults)["latency_us"].dropna().to_numpy(dtype=np.float64)
+    values = values[values > 0]
+    if len(values) > 0:
+        low, high = np.floor(np.log10(values.min())), np.ceil(np.log10(values.max()) + 1e-9)
+        edges = np.logspace(low, high, round((high - low) * bins_per_decade) + 1)
+        ax.hist(values, bins=edges.tolist(), color=COLOURS[0])
+        for q, style in ((0.5, "-"), (0.99, "--")):
+            at = quantile(values, q)
+            ax.axvline(at, color=COLOURS[1], linestyle=style, label=f"p{q * 100:g} = {at:.3g} us")
+        ax.legend()
+    _log_us(ax)
+    ax.set_ylabel("faults")
+    ax.set_title("Write-fault latency")
+    return ax
+
+
+def _latencies(faults: pd.DataFrame) -> pd.DataFrame:
+    if "latency_us" in faults:
+        return faults if "run" in faults else faults.assign(run="")
+    released = faults["released_ns"] > 0
+    latency = ((faults["released_ns"] - faults["read_ns"]) / 1e3).where(released)
+    return pd.DataFrame({"run": "", "latency_us": latency})
+
+
+def _log_us(ax: Axes) -> None:
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(_plain))
+    ax.set_xlabel("from fault message read to page released, us (handler's side)")
+
+
+def plot_rates(
+    rates: Mapping[str, pd.DataFrame],
+    *,
+    pauses_ms: Mapping[str, tuple[float, float]] | None = None,
+    methods: Mapping[str, str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Guest speed against time around the snapshot, one line a run.
+
+    `lab.plot_slowdown` draws this from progress tables.
+
+    :param rates: label -> `lab.tables.df_rate`.
+    :param pauses_ms: label -> start and end of the pause since the request; drawn as a mark on top.
+    :param methods: label -> method, for the colour; the label itself by default.
+    """
+    ax = _axes(ax)
+    for row, (label, rate) in enumerate(rates.items()):
+        shade = colour((methods or {}).get(label, label))
+        ax.plot(rate["ms"], 100 * rate["share"], color=shade, label=label, linewidth=1.1)
+        if pauses_ms and label in pauses_ms:
+            # Above the axes, where no line runs, and with a tick: a pause of 1 ms is thinner than
+            # a pixel.
+            height = 1.015 + 0.022 * row
+            drawn: dict[str, Any] = {
+                "transform": ax.get_xaxis_transform(),
+                "clip_on": False,
+                "color": shade,
+            }
+            start, end = pauses_ms[label]
+            ax.plot([start, end], [height] * 2, linewidth=3, solid_capstyle="butt", **drawn)
+            ax.plot([start], [height], marker="|", markersize=5, **drawn)
+    ax.axvline(0, color="#999999", linewidth=0.8, zorder=0)
+    ax.axhline(100, color="#999999", linewidth=0.8, zorder=0)
+    ax.set_ylim(0, 130)
+    ax.set_xlabel("since the request, ms")
+    ax.set_ylabel("guest speed, % of before")
+    ax.set_title("Guest speed around the snapshot (bars: VM paused)", pad=8 + 6 * len(rates))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax
+
+
+def plot_phases(phases: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """What the pause consists of: one stacked bar a run.
+
+    :param phases: `lab.tables.df_phases_by_method`, or one snapshot's `df_phases()`.  Drawn are the
+        phases between stop and resume; set-up and sweep, during which the guest runs, are left out.
+    """
+    ax = _axes(ax)
+    if "duration_ms" not in phases:
+        name = phases.attrs.get("method", "snapshot")
+        phases = phases.assign(run=name, duration_ms=phases["duration_ns"] / 1e6)
+    running = {"populate", "setup", "sweep", "complete", "release", "hold"}
+    inside = phases[~phases["phase"].isin(running)]
+    names = list(dict.fromkeys(inside["phase"]))
+    runs = list(dict.fromkeys(inside["run"]))
+    left = np.zeros(len(runs))
+    for k, name in enumerate(names):
+        part = inside[inside["phase"] == name].groupby("run", observed=True)["duration_ms"].sum()
+        width = part.reindex(runs).fillna(0).to_numpy(dtype=np.float64)
+        ax.barh(runs, width, left=left, color=COLOURS[k % len(COLOURS)], label=name)
+        left = left + width
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.set_xlabel("ms")
+    ax.set_title("What the pause consists of")
+    if names:
+        ax.legend(ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8)
+    return ax
+
+
+def plot_cost(runs: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> list[Axes]:
+    """Pause, duration, lost work and image size by method: one point a boot, a bar at the median,
+    log scale.
+
+    :param runs: `lab.tables.df_runs`; warm-ups and runs that are not ok are left out.  Lost work of
+        zero or less (the guest ran faster than before) has no place on a log scale: it is drawn
+        hollow at the lower edge.
+    """
+    data = runs[(runs["outcome"] == "ok") & ~runs["warmup"]].copy()
+    data["image_mib"] = data["image_bytes"] / 2**20
+    if axes is None:
+        with styled():
+            axes = plt.subplots(1, len(COST_COLUMNS), figsize=(9, 3.2), sharey=True)[1]
+    drawn = list(axes)
+    methods = _in_order(data["method"])
+    for ax, (column, title) in zip(drawn, COST_COLUMNS.items(), strict=True):
+        for row, method in enumerate(methods):
+            values = data.loc[data["method"] == method, column].dropna().to_numpy(dtype=np.float64)
+            positive = values[values > 0]
+            # Points of one method are spread so that equal values do not hide each other.
+            offset = (
+                np.linspace(-0.18, 0.18, len(positive))
+                if len(positive) > 1
+                else np.zeros(len(positive))
+            )
+            shade = colour(method)
+            ax.plot(positive, row + offset, marker(method), color=shade, markersize=5, alpha=0.75)
+            if len(positive):
+                ax.plot(
+                    [np.median(positive)] * 2, [row - 0.32, row + 0.32], color=shade, linewidth=2
+                )
+            if len(positive) < len(values):
+                ax.plot(
+                    [0.01] * (len(values) - len(positive)),
+                    [row] * (len(values) - len(positive)),
+                    marker(method),
+                    color=shade,
+                    fillstyle="none",
+                    transform=ax.get_yaxis_transform(),
+                )
+        _log_x(ax, data[column])
+        ax.set_title(title)
+        ax.set_yticks(range(len(methods)), methods)
+        ax.grid(visible=False, axis="y")
+    if methods:
+        drawn[0].set_ylim(len(methods) - 0.5, -0.5)
+    return drawn
+
+
+def _log_x(ax: Axes, values: pd.Series) -> None:
+    """A log scale with a margin and with labels also where it spans less than a decade."""
+    ax.set_xscale("log")
+    positive = values[values > 0]
+    low, high = (positive.min() / 1.4, positive.max() * 1.4) if len(positive) else (1, 10)
+    ax.set_xlim(low, high)
+    ax.tick_params(axis="x", labelsize=8)
+    decades = np.log10(high / low)
+    steps = (1, 2, 3, 4, 6, 8) if decades < 0.7 else (1, 2, 5) if decades < 1.4 else (1,)
+    ax.xaxis.set_major_locator(LogLocator(subs=steps))
+    ax.xaxis.set_major_formatter(FuncFormatter(_plain))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def plot_faults_over_time(faults: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Latency of every fault against when it was read, one colour per who resolved it.
+
+    :param faults: `lab.tables.df_faults_by_method` of one run, or of several that are to be laid
+        over each other; or one snapshot's `df_faults()`.
+    """
+    ax = _axes(ax)
+    since = "request"
+    if "latency_us" not in faults:
+        origin = faults.attrs.get("request_ns")
+        if origin is None:
+            since, origin = "first fault", faults["read_ns"].min()
+        timed = {"ms": (faults["read_ns"] - origin) / 1e6, "resolver": faults["resolver"]}
+        faults = _latencies(faults).assign(**timed)
+    for k, (resolver, part) in enumerate(faults.groupby("resolver", observed=True)):
+        seen = part.dropna(subset=["latency_us"])
+        if len(seen) == 0:
+            continue
+        ax.plot(
+            seen["ms"],
+            seen["latency_us"],
+            ".",
+            color=COLOURS[k % len(COLOURS)],
+            markersize=1.5,
+            label=resolver,
+        )
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(FuncFormatter(_plain))
+    ax.set_xlabel(f"since the {since}, ms")
+    ax.set_ylabel("latency, us")
+    ax.set_title("Each fault: when it came and how long it took")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(markerscale=6, loc="upper right")
+    return ax

@@ -1,0 +1,161 @@
+"""The QEMU process: start it so that it can not outlive its owner, and end it within a bound.
+
+Three measures together, because each alone leaves a guest behind in some case: a session of its
+own, or an interrupt of a notebook cell reaches QEMU as well; a parent-death signal, because a
+notebook kernel that is restarted or killed runs no clean-up; and a spawn from the thread of the
+event loop, because that signal is sent when the *thread* that spawned ends.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from lab.errors import LaunchError
+from lab.host import require_setpriv
+from lab.workdir import private_folder
+
+log = logging.getLogger(__name__)
+
+QUIT_GRACE_S = 1.0
+"""How long QEMU may take to obey `quit`; a stopped notebook cell has to end within two seconds."""
+
+KILL_GRACE_S = 30.0
+"""How long the kernel may take to tear down a killed QEMU: about 0.1 s for each GiB it held."""
+
+LOG_TAIL_LINES = 12
+
+# Transparent huge pages can be forbidden to a process only by itself, and its children inherit it:
+# PR_SET_THP_DISABLE is 41.  A small interpreter makes the call and becomes QEMU.
+_NO_THP = (
+    "import ctypes, os, sys\n"
+    "if ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) != 0:\n"
+    "    sys.exit('transparent huge pages can not be switched off for QEMU')\n"
+    "os.execv(sys.argv[1], sys.argv[1:])\n"
+)
+
+
+class Process:
+    """A QEMU that runs.  Made by `running`."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, command: Sequence[str], workdir: Path
+    ) -> None:
+        self._process = process
+        self.command = list(command)
+        self.workdir = workdir
+        """A private directory that lives as long as the process."""
+
+    @property
+    def pid(self) -> int:
+        """The process id of QEMU itself (the wrappers around it exec)."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit status, negative for a signal, None while it runs."""
+        return self._process.returncode
+
+    @property
+    def log_path(self) -> Path:
+        """Where QEMU's own output goes."""
+        return self.workdir / "qemu.log"
+
+    def log_text(self) -> str:
+        """Return what QEMU wrote to stdout and stderr."""
+        try:
+            return self.log_path.read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def died(self, doing: str) -> LaunchError:
+        """Return the error for a QEMU that went away while `doing` something."""
+        tail = self.log_text().splitlines()[-LOG_TAIL_LINES:]
+        said = next((line.strip() for line in reversed(tail) if line.strip()), "")
+        # QEMU begins its messages with its own path, which helps nobody.
+        said = said.split(f"{Path(self.command[0]).name}: ", 1)[-1]
+        return LaunchError(
+            f"QEMU {_how_it_ended(self.exit_code)} while {doing}" + (f": {said}" if said else ""),
+            "see the error's log_tail and command, or `lab -v`",
+            command=self.command,
+            log_tail="\n".join(tail),
+            exit_code=self.exit_code,
+        )
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Wait for the process to end; return whether it has."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._process.wait()
+        return self._process.returncode is not None
+
+    def kill(self) -> None:
+        """Send SIGKILL unless it has ended."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+
+def _how_it_ended(code: int | None) -> str:
+    if code is None:
+        return "went silent"
+    if code >= 0:
+        return f"exited with status {code}"
+    with contextlib.suppress(ValueError):
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"was ended by signal {-code}"
+
+
+def wrapped(command: Sequence[str], *, thp: bool | None) -> list[str]:
+    """Return `command` with what has to happen in the child before QEMU.
+
+    :raise HostError: when `setpriv` is missing.
+    """
+    no_thp = [sys.executable, "-I", "-S", "-c", _NO_THP] if thp is False else []
+    return [require_setpriv(), "--pdeathsig=KILL", "--", *no_thp, *command]
+
+
+@contextlib.asynccontextmanager
+async def running(
+    command: Sequence[str], *, pass_sockets: Sequence[socket.socket], thp: bool | None = None
+) -> AsyncIterator[Process]:
+    """Run QEMU as `command`; it is gone when the context is left, whatever happened.
+
+    The sockets are inherited under their own numbers and closed on this side.
+
+    :raise HostError: when a program is missing.
+    """
+    with contextlib.ExitStack() as stack:
+        for sock in pass_sockets:
+            stack.enter_context(sock)
+        argv = wrapped(command, thp=thp)
+        with private_folder("lab-vm-") as workdir:
+            descriptor = os.open(
+                workdir / "qemu.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600
+            )
+            try:
+                child = await asyncio.create_subprocess_exec(
+                    *argv,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=descriptor,
+                    stderr=descriptor,
+                    start_new_session=True,
+                    pass_fds=[sock.fileno() for sock in pass_sockets],
+                )
+            finally:
+                os.close(descriptor)
+            stack.close()
+            process = Process(child, command, workdir)
+            log.debug("started QEMU as process %d: %s", process.pid, command)
+            try:
+                yield process
+            finally:
+                # First of all, because it can not be interrupted: what follows only reaps.
+                process.kill()
+                if not await process.wait(KILL_GRACE_S):
+                    log.error("process %d does not end; the kernel holds it", process.pid)

@@ -1,0 +1,1 @@
+"""QEMU, patched and unpatched, from one source tree: obtained, verified, built and cached."""

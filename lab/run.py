@@ -1,0 +1,545 @@
+"""Run sets on disk: create, append, seal, load, upgrade.
+
+A *run* is one boot of one guest with one snapshot taken by one method.  A *run set* is a folder
+of runs that were measured by one plan::
+
+    data/<set>/
+      set.json              schema "lab.set/1": the plan, its seed, host, binaries, status
+      000-live-rfc/
+        run.json            schema "lab.run/1": what was asked, where, with what, what came of it
+        faults.parquet      tidy tables, one row an event; ns are int64 of the host's
+        progress.parquet      CLOCK_MONOTONIC
+        phases.parquet
+        qemu.log            what the processes said
+        console.log
+        SHA256SUMS          of every other file; `sha256sum -c SHA256SUMS` works by hand
+      001-background/ ...
+
+Rules:
+
+* A run folder appears whole or not at all: it is written beside its place and renamed.
+* Its files are read-only once it is there (folders stay writable, so that a checkout can be moved
+  or deleted).
+* Loading checks every checksum, refuses a newer schema and unknown keys, and upgrades older
+  schemas step by step.
+* Failure is never a number: a failed or undecided run has null where its figures would be, and a
+  reason.
+
+What each column means is in `lab.tables.COLUMNS` and, for people, in data/README.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lab.display import html_row
+from lab.errors import RunError
+from lab.files import sha256_of, write_atomically
+from lab.tables import COLUMNS, with_marks
+
+RUN_SCHEMA = "lab.run/1"
+SET_SCHEMA = "lab.set/1"
+CHECKSUMS = "SHA256SUMS"
+
+Outcome = Literal["ok", "failed", "undecided"]
+
+
+class ColumnRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One column of a stored table: enough to read the file without this package."""
+
+    name: str
+    dtype: str
+    unit: str
+    doc: str
+
+
+class TableRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One stored table."""
+
+    file: str
+    rows: int
+    columns: list[ColumnRecord]
+
+
+class Marks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Instants of the host's CLOCK_MONOTONIC, in ns; null when the run did not get there.
+
+    request: just before the command that starts the snapshot was sent.
+    stop, resume: when QEMU stamped its STOP and RESUME events.
+    end: when QEMU reported the migration completed.
+    back: from when the guest ran at its old rate again (`lab.tables.slowdown` defines it).
+    """
+
+    request_ns: int | None = None
+    stop_ns: int | None = None
+    resume_ns: int | None = None
+    end_ns: int | None = None
+    back_ns: int | None = None
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Contents of run.json (schema "lab.run/1").
+
+    `scenario` is the parameters as asked for, `summary` the summary line
+    (`lab.tables.SUMMARY_FIELDS`), `binaries` names versions, build ids and hashes, `clocks` says
+    which clock every `*_ns` value is of.
+    """
+
+    schema: str
+    id: str
+    kind: str
+    created_utc: str
+    outcome: Outcome
+    reason: str | None
+    method: str
+    order: int
+    round: int
+    warmup: bool
+    scenario: dict[str, Any]
+    host: dict[str, Any]
+    binaries: dict[str, Any]
+    clocks: dict[str, str]
+    marks: Marks
+    summary: dict[str, Any]
+    tables: dict[str, TableRecord]
+    files: list[str]
+    note: str = ""
+    warnings: list[str] = []
+
+
+class SetRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Contents of set.json (schema "lab.set/1")."""
+
+    schema: str
+    name: str
+    created_utc: str
+    status: Literal["recording", "complete"]
+    plan: dict[str, Any]
+    host: dict[str, Any]
+    binaries: dict[str, Any]
+    lab: dict[str, Any]
+    note: str = ""
+
+
+Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
+# version n -> the function that turns a document of version n into one of version n + 1
+RUN_UPGRADES: dict[int, Upgrade] = {}
+SET_UPGRADES: dict[int, Upgrade] = {}
+
+_T = TypeVar("_T", RunRecord, SetRecord)
+
+
+def utc_now() -> str:
+    """Wall time for people, whole seconds.  Never used to compute anything."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def jsonable(value: Any) -> Any:
+    """`value` in plain JSON types: numpy scalars unpacked, NaN and NA as null, paths as text,
+    dataclasses as objects.
+    """
+    if value is None or value is pd.NA or isinstance(value, str | bool):
+        return value if value is not pd.NA else None
+    if isinstance(value, np.generic):
+        return jsonable(value.item())
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if isinstance(value, int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [
+            jsonable(v) for v in (sorted(value) if isinstance(value, set | frozenset) else value)
+        ]
+    if isinstance(value, Path):
+        return str(value)
+    return msgspec.to_builtins(value)
+
+
+def _encode(record: RunRecord | SetRecord) -> bytes:
+    return (
+        msgspec.json.format(msgspec.json.encode(jsonable(msgspec.to_builtins(record))), indent=1)
+        + b"\n"
+    )
+
+
+def _decode(path: Path, schema: str, upgrades: Mapping[int, Upgrade], kind: type[_T]) -> _T:
+    family, _, newest = schema.partition("/")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise RunError(
+            f"cannot read {path}: {error.strerror}", "name the folder of a run set"
+        ) from error
+    try:
+        document = msgspec.json.decode(raw)
+        stated = document.get("schema") if isinstance(document, dict) else None
+        match = re.fullmatch(re.escape(family) + r"/([1-9][0-9]*)", stated or "")
+        if match is None:
+            raise RunError(
+                f"{path} does not say that it is a {family} file",
+                "name a run set that `lab measure` wrote",
+            )
+        version = int(match.group(1))
+        if version > int(newest):
+            raise RunError(
+                f"{path} has schema {stated}, newer than {schema}, the newest this lab reads",
+                "update the lab",
+            )
+        while version < int(newest):
+            document = upgrades[version](document)
+            version += 1
+        return msgspec.convert(document, kind)
+    except msgspec.DecodeError as error:
+        # ValidationError is a DecodeError; its text names the key
+        raise RunError(
+            f"{path} is damaged or not a {schema} file: {error}", "restore it from its source"
+        ) from error
+
+
+def _write_table(path: Path, name: str, df: pd.DataFrame) -> TableRecord:
+    table = pa.Table.from_pandas(df, preserve_index=False)
+    # Timestamps and addresses come in order or nearly so: differences pack several times better
+    # than values.
+    encodings = {
+        field.name: "DELTA_BINARY_PACKED"
+        for field in table.schema
+        if pa.types.is_integer(field.type) and field.type.bit_width >= 32
+    }
+    dictionary = [field.name for field in table.schema if field.name not in encodings]
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=dictionary,
+        column_encoding=encodings,
+    )
+    documented = COLUMNS.get(name, {})
+    columns = [
+        ColumnRecord(
+            name=field.name,
+            dtype=str(field.type),
+            unit=documented[field.name].unit if field.name in documented else "",
+            doc=documented[field.name].doc if field.name in documented else "",
+        )
+        for field in table.schema
+    ]
+    return TableRecord(file=path.name, rows=table.num_rows, columns=columns)
+
+
+def _seal(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.chmod(path.stat().st_mode & ~0o222)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One loaded run."""
+
+    path: Path
+    record: RunRecord
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The summary line: `lab.tables.SUMMARY_FIELDS`, null where nothing applies."""
+        return self.record.summary
+
+    @property
+    def ok(self) -> bool:
+        return self.record.outcome == "ok"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def build(self) -> str:
+        """Version and build id of the QEMU that was measured, for people."""
+        qemu = self.record.binaries.get("qemu", {})
+        return f"{qemu.get('version', 'unknown')} ({qemu.get('build_id', 'unknown')})"
+
+    def has(self, table: str) -> bool:
+        """Whether this run recorded `table`."""
+        return table in self.record.tables
+
+    def df(self, table: str) -> pd.DataFrame:
+        """A stored table.
+
+        Columns, units and clocks: `lab.tables.COLUMNS[table]` and data/README.md.
+
+        Raises RunError when this run did not record the table (a peer without a fault log, a
+        failed run).
+        """
+        if table not in self.record.tables:
+            have = ", ".join(sorted(self.record.tables)) or "none"
+            raise RunError(
+                f"run {self.name} has no table {table!r} (it has: {have})",
+                "choose a run that recorded it",
+            )
+        path = self.path / self.record.tables[table].file
+        try:
+            frame: pd.DataFrame = pq.read_table(path).to_pandas()
+        except (OSError, pa.ArrowException) as error:
+            raise RunError(f"cannot read {path}: {error}", "restore it from its source") from error
+        return frame
+
+    def df_faults(self) -> pd.DataFrame:
+        """Write faults on protected pages, one row each, as the engine's handler logged them."""
+        return self._marked("faults")
+
+    def df_progress(self) -> pd.DataFrame:
+        """Operations the guest had completed, sampled by the host."""
+        return self._marked("progress")
+
+    def _marked(self, table: str) -> pd.DataFrame:
+        """A stored table that names the method and the instants in its `attrs`, so that
+        `lab.plot_*` draw it as it is.
+        """
+        marks = self.record.marks
+        return with_marks(
+            self.df(table),
+            method=self.record.method,
+            request_ns=marks.request_ns,
+            stop_ns=marks.stop_ns,
+            resume_ns=marks.resume_ns,
+            end_ns=marks.end_ns,
+        )
+
+    def df_phases(self) -> pd.DataFrame:
+        """Phases of the snapshot, by the engine's own clock."""
+        return self._marked("phases")
+
+    def verify(self) -> None:
+        """Check the folder against its checksums.
+
+        Raises RunError that names the first file that is missing, added or changed.
+        """
+        verify_checksums(self.path)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.name} {self.record.outcome}>"
+
+    def _repr_html_(self) -> str:
+        from lab.summary import SHORT, heading, shown
+
+        cells = {"run": self.name, "outcome": self.record.outcome}
+        cells |= {heading(metric): shown(metric, self.summary.get(metric)) for metric in SHORT}
+        return html_row(cells)
+
+
+def verify_checksums(folder: Path) -> None:
+    """Raise RunError unless `folder` holds exactly the files its SHA256SUMS lists, unchanged."""
+    sums = folder / CHECKSUMS
+    try:
+        lines = sums.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise RunError(
+            f"{folder} has no readable {CHECKSUMS}", "restore it from its source"
+        ) from error
+    listed = {}
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        listed[name] = digest
+    present = {path.name for path in folder.iterdir()} - {CHECKSUMS}
+    for name in sorted(present | set(listed)):
+        if name not in present:
+            raise RunError(f"{folder / name} is missing", "restore the run from its source")
+        if name not in listed:
+            raise RunError(
+                f"{folder / name} does not belong to the run", "runs are immutable: remove it"
+            )
+        if sha256_of(folder / name) != listed[name]:
+            raise RunError(
+                f"{folder / name} has changed since it was recorded",
+                "restore the run from its source",
+            )
+
+
+def load_run(folder: Path | str, *, verify: bool = True) -> Run:
+    """Load one run folder.
+
+    Raises RunError: no such run, damaged, changed since it was recorded, unknown keys, or a newer
+    schema.
+    """
+    folder = Path(folder)
+    run = Run(folder, _decode(folder / "run.json", RUN_SCHEMA, RUN_UPGRADES, RunRecord))
+    if verify:
+        run.verify()
+    return run
+
+
+class RunSet:
+    """A folder of runs measured by one plan.  `load_set` opens one, `create_set` makes one."""
+
+    def __init__(self, path: Path, record: SetRecord, runs: list[Run]) -> None:
+        self.path = path
+        self.record = record
+        self.runs = runs
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def complete(self) -> bool:
+        return self.record.status == "complete"
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.runs)
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __repr__(self) -> str:
+        return f"<RunSet {self.name}: {len(self.runs)} runs, {self.record.status}>"
+
+    def _repr_html_(self) -> str:
+        from lab.summary import df_methods, df_readable
+
+        table: str = df_readable(df_methods(self)).to_html(index=False, border=0, na_rep="-")
+        return table
+
+    def measured(self, method: str | None = None) -> list[Run]:
+        """Runs that count: outcome ok, not a warm-up, optionally of one method."""
+        return [
+            run
+            for run in self.runs
+            if run.ok and not run.record.warmup and (method is None or run.record.method == method)
+        ]
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods with at least one run that counts, in the order of the plan."""
+        found = {run.record.method for run in self.measured()}
+        planned = [str(m) for m in self.record.plan.get("methods", [])]
+        return [m for m in planned if m in found] + sorted(found - set(planned))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the set for writing.  Raises RunError when another process measures into it."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(
+                    f"{self.path} is being recorded by another process",
+                    "wait for it or name another --out",
+                ) from error
+            yield
+        finally:
+            os.close(descriptor)
+
+    def append(
+        self,
+        record: RunRecord,
+        tables: Mapping[str, pd.DataFrame],
+        logs: Mapping[str, bytes] | None = None,
+    ) -> Run:
+        """Write one run, sealed, and add it to the set.
+
+        `record.tables` and `record.files` are filled in here.  Raises RunError when the set is
+        complete or the run is already there: recorded runs are never replaced.
+        """
+        if self.complete:
+            raise RunError(f"{self.path} is complete and sealed", "name another --out")
+        name = f"{record.order:03d}-{record.method}"
+        final = self.path / name
+        if final.exists():
+            raise RunError(
+                f"{final} is already recorded",
+                "recorded runs are never replaced: name another --out",
+            )
+        partial = self.path / f".{name}.partial"
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        try:
+            stored = {
+                table: _write_table(partial / f"{table}.parquet", table, df)
+                for table, df in tables.items()
+            }
+            logs = {file: text for file, text in (logs or {}).items() if text}
+            for file, text in logs.items():
+                (partial / file).write_bytes(text)
+            record = msgspec.structs.replace(record, tables=stored, files=sorted(logs))
+            (partial / "run.json").write_bytes(_encode(record))
+            sums = "".join(f"{sha256_of(p)}  {p.name}\n" for p in sorted(partial.iterdir()))
+            (partial / CHECKSUMS).write_text(sums, encoding="utf-8")
+            _seal(partial)
+            partial.rename(final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        run = load_run(final)
+        self.runs.append(run)
+        self.runs.sort(key=lambda r: r.record.order)
+        return run
+
+    def finish(self) -> None:
+        """Mark the set complete and seal set.json."""
+        self.record = msgspec.structs.replace(self.record, status="complete")
+        write_atomically(self.path / "set.json", _encode(self.record))
+        (self.path / "set.json").chmod(0o444)
+
+
+def create_set(
+    path: Path | str,
+    *,
+    plan: Mapping[str, Any],
+    host: Mapping[str, Any],
+    binaries: Mapping[str, Any],
+    lab: Mapping[str, Any],
+    note: str = "",
+) -> RunSet:
+    """Make an empty run set.  Raises RunError when the folder exists and holds anything."""
+    path = Path(path)
+    if path.exists() and any(path.iterdir()):
+        raise RunError(f"{path} exists and is not empty", "name another --out")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot create {path}: {error.strerror}", "name another --out") from error
+    record = SetRecord(
+        schema=SET_SCHEMA,
+        name=path.name,
+        created_utc=utc_now(),
+        status="recording",
+        plan=jsonable(plan),
+        host=jsonable(host),
+        binaries=jsonable(binaries),
+        lab=jsonable(lab),
+        note=note,
+    )
+    write_atomically(path / "set.json", _encode(record))
+    return RunSet(path, record, [])
+
+
+def load_set(path: Path | str, *, verify: bool = True) -> RunSet:
+    """Load a run set, complete or still being recorded.
+
+    Raises RunError: no such set, damaged, a run changed since it was recorded, or a newer schema.
+    """
+    path = Path(path)
+    record = _decode(path / "set.json", SET_SCHEMA, SET_UPGRADES, SetRecord)
+    folders = sorted(p.parent for p in path.glob("[0-9]*-*/run.json"))
+    runs = [load_run(folder, verify=verify) for folder in folders]
+    runs.sort(key=lambda run: run.record.order)
+    return RunSet(path, record, runs)

@@ -1,0 +1,288 @@
+"""One sample: a fresh boot, one timed snapshot under load, and what it cost.
+
+The timed part runs undisturbed: host memory has been touched before, the guest's rate has
+settled, the interpreter's garbage collector is off, and whatever is checked afterwards (`verify`)
+uses a second, untimed snapshot of the same boot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import logging
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import psutil
+
+from lab.errors import LabError
+from lab.host import available_memory_mib, require_disk
+from lab.run import Marks, Outcome
+from lab.scenario import Scenario
+from lab.tables import BASELINE_NS, NS_PER_MS, NS_PER_S, fault_summary, find_back, slowdown
+from lab.workdir import private_folder
+
+if TYPE_CHECKING:
+    from lab.instruments.progress import ProgressSampler
+    from lab.vm import VM
+
+log = logging.getLogger(__name__)
+
+# The guest's rate has settled when so many windows in a row lie within this share of each other.
+SETTLE_WINDOW_S = 0.25
+SETTLE_WINDOWS = 3
+SETTLE_SHARE = 0.05
+SETTLE_LIMIT_S = 8.0
+
+# Recorded before the baseline's second, so that it lies within the samples.
+BASELINE_MARGIN_S = 0.1
+
+# How long to wait for the old rate after completion, and how much to record of it once it is there.
+TAIL_LIMIT_S = 5.0
+TAIL_AFTER_BACK_S = 0.3
+POLL_S = 0.1
+
+# A sampler that slept longer than this has not seen a shorter stall inside it.
+SAMPLER_GAP_NS = 10 * NS_PER_MS
+
+MADV_POPULATE_WRITE = 23
+TOUCH_CHUNK_BYTES = 32 << 20
+TOUCH_MARGIN_MIB = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What one boot gave.  `figures` are fields of the summary line; `tables` and `logs` are
+    stored as they are.
+    """
+
+    outcome: Outcome
+    reason: str | None = None
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    marks: Marks = field(default_factory=Marks)
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    logs: Mapping[str, bytes] = field(default_factory=dict)
+    host: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+async def touch_host_memory(ram_mib: int) -> None:
+    """Have the host hand out, and take back, about as much memory as the guest is going to use.
+
+    Under a hypervisor that reclaims free memory, memory that nobody has touched lately is slow to
+    get: without this, durations vary by a factor of three with what ran before.  At most half of
+    what is available is touched.
+    """
+    size = min(ram_mib + TOUCH_MARGIN_MIB, available_memory_mib() // 2) << 20
+    with mmap.mmap(-1, size) as memory:
+        for start in range(0, size, TOUCH_CHUNK_BYTES):
+            length = min(TOUCH_CHUNK_BYTES, size - start)
+            try:
+                memory.madvise(MADV_POPULATE_WRITE, start, length)
+            except OSError:
+                # Linux before 5.14 does not know it: write to every page instead.
+                memory[start : start + length : mmap.PAGESIZE] = bytes(length // mmap.PAGESIZE)
+            # A chunk takes about 10 ms: interrupts and heartbeats get their turn in between.
+            await asyncio.sleep(0)
+
+
+def check_room(image_dir: Path, ram_mib: int) -> None:
+    """Raise HostError unless the folder can hold an image of a guest this large, with a margin."""
+    remedy = "free some space or name another --image-dir"
+    require_disk(image_dir, ram_mib + ram_mib // 4 + 64, "an image", remedy)
+
+
+def filesystem_of(path: Path) -> str:
+    """Type of the file system that holds `path`, such as ext4 or tmpfs: it is part of what is
+    measured.
+    """
+    resolved = path.resolve()
+    mounts = [m for m in psutil.disk_partitions(all=True) if resolved.is_relative_to(m.mountpoint)]
+    # Of several mounts on one place the last one is seen.
+    return (
+        max(enumerate(mounts), key=lambda m: (len(m[1].mountpoint), m[0]))[1].fstype
+        if mounts
+        else "unknown"
+    )
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Keep the collector from stopping the sampler: one pass over a notebook's heap takes tens
+    of milliseconds.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def is_settled(t_ns: np.ndarray[Any, Any], ops: np.ndarray[Any, Any]) -> bool:
+    """Whether the last windows of progress ran at one rate, within `SETTLE_SHARE` of the
+    fastest.
+    """
+    width = round(SETTLE_WINDOW_S * NS_PER_S)
+    if len(t_ns) < 2 or t_ns[-1] - t_ns[0] < SETTLE_WINDOWS * width:
+        return False
+    edges = t_ns[-1] - np.arange(SETTLE_WINDOWS, -1, -1) * width
+    done = np.diff(np.interp(edges, t_ns, ops))
+    return bool(done.min() > 0 and done.min() >= (1 - SETTLE_SHARE) * done.max())
+
+
+async def _settle(sampler: ProgressSampler) -> str | None:
+    """Wait until the guest runs evenly; return a warning when it never does."""
+    waited = 0.0
+    while waited < SETTLE_LIMIT_S:
+        await asyncio.sleep(POLL_S)
+        waited += POLL_S
+        df = sampler.df()
+        if is_settled(df["t_ns"].to_numpy(), df["ops"].to_numpy()):
+            return None
+    return (
+        f"the guest's rate had not settled to within {SETTLE_SHARE:.0%} after {SETTLE_LIMIT_S:g} s"
+    )
+
+
+async def _tail(sampler: ProgressSampler, request_ns: int, end_ns: int) -> None:
+    """Record on until the guest's old rate is back, or for `TAIL_LIMIT_S`."""
+    waited = 0.0
+    while waited < TAIL_LIMIT_S:
+        await asyncio.sleep(POLL_S)
+        waited += POLL_S
+        df = sampler.df()
+        baseline = slowdown(df, request_ns=request_ns, end_ns=end_ns).baseline_ops_per_s
+        late = df[df["t_ns"] >= end_ns - 2 * NS_PER_MS]
+        if baseline is None or len(late) < 2:
+            continue
+        capped = find_back(late["t_ns"].to_numpy(), late["ops"].to_numpy(), end_ns, baseline)[1]
+        if not capped:
+            await asyncio.sleep(TAIL_AFTER_BACK_S)
+            return
+
+
+def sampler_warnings(progress: pd.DataFrame, request_ns: int, end_ns: int) -> list[str]:
+    """What the sampler did not see."""
+    inside = progress[(progress["t_ns"] >= request_ns) & (progress["t_ns"] <= end_ns)]
+    gaps = np.diff(inside["t_ns"].to_numpy())
+    slept = int((gaps > SAMPLER_GAP_NS).sum())
+    if not slept:
+        return []
+    longest_ms = gaps.max() / NS_PER_MS
+    return [f"the progress sampler slept {slept} times over 10 ms, {longest_ms:.0f} ms at most"]
+
+
+async def take_sample(
+    scenario: Scenario, image: Path, *, verify: bool = False, keep_image: bool = False
+) -> Sample:
+    """Boot, settle, record a baseline, take the snapshot into `image`, record until the old rate
+    is back.
+
+    Measured: `lab.tables.SUMMARY_FIELDS`.  Not measured: the boot, and anything `verify` does.
+
+    :param verify: afterwards, take another snapshot of the same guest, restore it and compare all
+        of RAM.
+    :param keep_image: leave the image of the timed snapshot behind.
+
+    :raise LabError: anything that kept the snapshot from being taken; nothing is left running.
+    """
+    # Both are heavy, and tests of campaigns boot nothing.
+    from lab.sidecar import sidecar_path
+    from lab.vm import boot
+
+    machine, workload = scenario.machine, scenario.workload
+    check_room(image.parent, machine.ram_mib)
+    host = {"image_filesystem": filesystem_of(image.parent)}
+    await touch_host_memory(machine.ram_mib)
+    async with boot(machine, workload, binary=scenario.variant) as vm:
+        try:
+            sample = await _timed(vm, scenario, image)
+        finally:
+            if not keep_image:
+                image.unlink(missing_ok=True)
+                sidecar_path(image).unlink(missing_ok=True)
+        if verify:
+            sample = await _verified(vm, scenario, image.parent, sample)
+        logs = {"qemu.log": vm.process.log_text().encode()}
+    return dataclasses.replace(sample, host=host, logs=logs)
+
+
+async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
+    from lab.snapshot import take
+
+    warnings = []
+    async with vm.sampling() as sampler:
+        unsettled = await _settle(sampler)
+        if unsettled:
+            warnings.append(unsettled)
+        with no_garbage_collection():
+            await asyncio.sleep(BASELINE_NS / NS_PER_S + BASELINE_MARGIN_S)
+            snapshot = await take(vm, image, scenario.method, sampler=sampler)
+            await _tail(sampler, snapshot.request_ns, snapshot.end_ns)
+        progress = sampler.df()
+    first = snapshot.request_ns - BASELINE_NS - round(BASELINE_MARGIN_S / 2 * NS_PER_S)
+    progress = progress[progress["t_ns"] >= first].reset_index(drop=True)
+    cost = slowdown(progress, request_ns=snapshot.request_ns, end_ns=snapshot.end_ns)
+    warnings += sampler_warnings(progress, snapshot.request_ns, cost.back_ns or snapshot.end_ns)
+    tables = {"progress": progress}
+    phases = snapshot.df_phases()
+    if len(phases):
+        tables["phases"] = phases
+    log_ = snapshot.fault_log
+    if log_ is not None:
+        tables["faults"] = log_.df
+        if log_.dropped:
+            warnings.append(f"the fault log dropped {log_.dropped} faults")
+    figures = {
+        "setup_ms": snapshot.setup_ms,
+        "pause_ms": snapshot.pause_ms,
+        "duration_ms": snapshot.duration_ms,
+        "image_bytes": snapshot.image_bytes,
+        "baseline_ops_per_s": cost.baseline_ops_per_s,
+        "lost_work_ms": cost.lost_work_ms,
+        "min_rate_50ms": cost.min_rate_50ms,
+        "max_gap_ms": cost.max_gap_ms,
+        "recovery_ms": cost.recovery_ms,
+        "back_capped": cost.back_capped,
+    } | fault_summary(None if log_ is None else log_.df)
+    return Sample(
+        outcome="ok",
+        figures=figures,
+        marks=Marks(
+            request_ns=snapshot.request_ns,
+            stop_ns=snapshot.stop_ns,
+            resume_ns=snapshot.resume_ns,
+            end_ns=snapshot.end_ns,
+            back_ns=cost.back_ns,
+        ),
+        tables=tables,
+        warnings=tuple(warnings),
+    )
+
+
+async def _verified(vm: VM, scenario: Scenario, image_dir: Path, sample: Sample) -> Sample:
+    """Add what the oracle says.  An image that differs makes the run failed, whatever it cost."""
+    from lab.oracle import verify_method
+
+    # Images and dumps are as large as the guest: a campaign that is killed must not leave them.
+    with private_folder("lab-verify-", image_dir) as folder:
+        try:
+            verdict = await verify_method(vm, scenario.method, folder)
+        except LabError as error:
+            reason = f"could not be verified: {error}"
+            return dataclasses.replace(sample, outcome="undecided", reason=reason)
+    figures = {**sample.figures, "verified": verdict.equal}
+    if verdict.equal:
+        return dataclasses.replace(sample, figures=figures)
+    reason = f"the restored guest differs from the pause instant: {verdict.detail}"
+    return dataclasses.replace(sample, outcome="failed", reason=reason, figures=figures)

@@ -1,0 +1,363 @@
+"""What is measured: the machine, the workload in it and the method that takes the snapshot.
+
+Each class below is the only place where its parameters are spelled.  The command line's flags
+(`add_arguments`, `from_arguments`), the JSON of run files and sidecars (`to_json`, `from_json`)
+and the dimension columns of tables (`dimensions`) are all derived from the fields, so a parameter
+can not exist in one of them and be missing in another.
+
+A field's metadata holds `help` (its command line help) and, where the bare name would be
+ambiguous in a table or on a command line, `dimension`: `Workload.kind` is the dimension
+`workload` and the flag `--workload`.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import msgspec
+
+from lab.errors import UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    _T = TypeVar("_T", bound=DataclassInstance)
+else:
+    _T = TypeVar("_T")
+
+Accel = Literal["tcg", "kvm"]
+RamKind = Literal["anon"]
+WorkloadKind = Literal["idle", "sequential", "random"]
+Variant = Literal["patched", "unpatched"]
+Mechanism = Literal["background", "precopy", "stopped"]
+
+MIN_RAM_MIB = 128
+"""The guest's kernel unpacks its initramfs in this much; less ends in a panic at boot."""
+
+RAM_RESERVE_MIB = 96
+"""Guest RAM that a working set can not have: the kernel, its page tables and the initramfs."""
+
+MAX_VCPUS = 255
+"""The limit of QEMU's `pc` machine type."""
+
+
+def _require(condition: bool, cause: str, remedy: str) -> None:
+    if not condition:
+        raise UsageError(cause, remedy)
+
+
+def _require_choice(name: str, value: str, choices: object) -> None:
+    allowed = typing.get_args(choices)
+    _require(value in allowed, f"unknown {name} {value!r}", f"choose from: {', '.join(allowed)}")
+
+
+def _require_int(name: str, value: object, low: int, high: int) -> None:
+    # bool is an int, and True would pass for 1.
+    good = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    _require(good, f"{name} is {value!r}", f"give a whole number from {low} to {high}")
+
+
+def _require_strings(name: str, value: object) -> None:
+    good = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    _require(good, f"{name} is {value!r}", "give a tuple of strings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The virtual machine: a QEMU `pc` with nothing in it but RAM, vCPUs and a serial port.
+
+    `thp` False forbids transparent huge pages to the QEMU process, True asks for them (QEMU asks
+    by itself, so True only states what is expected) and None leaves the host's policy as it is.
+    `extra_args` go to the end of QEMU's command line, for disks and network devices.
+
+    Raises `UsageError` for values that can not work.
+    """
+
+    ram_mib: int = field(default=1024, metadata={"help": "guest RAM in MiB"})
+    vcpus: int = field(default=1, metadata={"help": "number of vCPUs"})
+    accel: Accel = field(default="tcg", metadata={"help": "QEMU's accelerator"})
+    ram_kind: RamKind = field(default="anon", metadata={"help": "what backs guest RAM"})
+    thp: bool | None = field(
+        default=None, metadata={"help": "transparent huge pages for guest RAM (host's policy)"}
+    )
+    extra_args: tuple[str, ...] = field(
+        default=(), metadata={"help": "one more QEMU argument; repeatable", "flag": "extra-arg"}
+    )
+
+    def __post_init__(self) -> None:
+        _require_int("ram_mib", self.ram_mib, MIN_RAM_MIB, 1024 * 1024)
+        _require_int("vcpus", self.vcpus, 1, MAX_VCPUS)
+        _require_choice("accel", self.accel, Accel)
+        _require_choice("ram_kind", self.ram_kind, RamKind)
+        _require_strings("extra_args", self.extra_args)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the guest does: `threads` writers over a working set of `wss_mib`, or nothing (`idle`).
+
+    `random` writes uniformly random pages, `sequential` walks the working set in order; both
+    write three words of a page for each operation and verify the page before.  `seed` fixes the
+    sequence of pages, so that a host can replay it.
+
+    Raises `UsageError` for values that can not work.
+    """
+
+    kind: WorkloadKind = field(
+        default="random", metadata={"help": "what the guest writes", "dimension": "workload"}
+    )
+    _: dataclasses.KW_ONLY
+    wss_mib: int = field(default=256, metadata={"help": "working set in MiB"})
+    threads: int = field(default=1, metadata={"help": "writer threads in the guest"})
+    seed: int = field(default=1, metadata={"help": "seed of the page sequence"})
+
+    def __post_init__(self) -> None:
+        _require_choice("workload", self.kind, WorkloadKind)
+        _require_int("wss_mib", self.wss_mib, 1, 1024 * 1024)
+        _require_int("threads", self.threads, 1, 62)  # counters that fit into the progress page
+        _require_int("seed", self.seed, 0, 2**63 - 1)
+
+
+MAPPED_RAM = "mapped-ram"
+"""The capability that changes the image's format, and so is needed to restore it as well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to take a snapshot.
+
+    `binary` is the QEMU it needs (`any`: either), `engine` the patched binary's
+    `x-snapshot-engine` or None, `mechanism` what QEMU does:
+    `background` saves RAM while the guest runs, in the state of one instant; `precopy` copies
+    RAM while the guest runs until little is left and stops it for the rest; `stopped` stops the
+    guest for all of it.  `live` is whether the image shows the instant of the request.
+    """
+
+    name: str
+    title: str
+    binary: Literal["patched", "unpatched", "any"]
+    mechanism: Mechanism
+    live: bool
+    engine: str | None = None
+    capabilities: tuple[str, ...] = ()
+
+    def runs_on(self, variant: str) -> bool:
+        """Return whether the QEMU `variant` (`patched` or `unpatched`) can do this method."""
+        return self.binary in ("any", variant)
+
+    @property
+    def preferred_variant(self) -> Variant:
+        """The QEMU to measure this method with: the unpatched one wherever that can do it."""
+        return "patched" if self.binary == "patched" else "unpatched"
+
+
+def _methods() -> Iterator[Method]:
+    background = ("background-snapshot",)
+    yield Method(
+        name="live",
+        title="live, a fault thread copies pages aside, a sweep releases memory in chunks",
+        binary="patched",
+        mechanism="background",
+        live=True,
+        engine="copy",
+        capabilities=background,
+    )
+    yield Method(
+        name="live-rfc",
+        title="live, a fault thread hands pages to the snapshot thread (the RFC's design)",
+        binary="patched",
+        mechanism="background",
+        live=True,
+        engine="rfc",
+        capabilities=background,
+    )
+    yield Method(
+        name="live-inline",
+        title="live, one thread for faults and sweep (upstream's engine in the patched QEMU)",
+        binary="patched",
+        mechanism="background",
+        live=True,
+        engine="inline",
+        capabilities=background,
+    )
+    yield Method(
+        name="live-mapped",
+        title="live, upstream's engine, into a file where each page has its place (mapped-ram)",
+        binary="patched",
+        mechanism="background",
+        live=True,
+        engine="inline",
+        capabilities=(*background, MAPPED_RAM),
+    )
+    yield Method(
+        name="background",
+        title="live, unpatched QEMU's own background-snapshot",
+        binary="unpatched",
+        mechanism="background",
+        live=True,
+        capabilities=background,
+    )
+    yield Method(
+        name="migrate-to-file",
+        title="ordinary precopy migration to a file, then continue",
+        binary="any",
+        mechanism="precopy",
+        live=False,
+    )
+    yield Method(
+        name="stop-and-copy",
+        title="stop, migrate to a file, continue",
+        binary="any",
+        mechanism="stopped",
+        live=True,
+    )
+
+
+METHODS: Mapping[str, Method] = types.MappingProxyType({m.name: m for m in _methods()})
+"""Every method by name, in the order in which tables and figures show them."""
+
+
+def method(name: str) -> Method:
+    """Return the method called `name`; raise `UsageError` when there is none."""
+    found = METHODS.get(name)
+    if found is None:
+        raise UsageError(f"unknown method {name!r}", f"choose from: {', '.join(METHODS)}")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One thing to measure: a machine, its workload and the method, by name.
+
+    Raises `UsageError` when they can not go together.
+    """
+
+    machine: Machine = field(default_factory=Machine)
+    workload: Workload = field(default_factory=Workload)
+    method: str = "live"
+
+    def __post_init__(self) -> None:
+        method(self.method)
+        check_fit(self.machine, self.workload)
+
+    @property
+    def variant(self) -> Variant:
+        """The QEMU binary that this scenario is measured with."""
+        return method(self.method).preferred_variant
+
+
+def check_fit(machine: Machine, workload: Workload) -> None:
+    """Raise `UsageError` unless the working set fits into the machine's RAM."""
+    room_mib = machine.ram_mib - RAM_RESERVE_MIB
+    _require(
+        workload.kind == "idle" or workload.wss_mib <= room_mib,
+        f"a working set of {workload.wss_mib} MiB does not fit into {machine.ram_mib} MiB of RAM",
+        f"use wss_mib={max(room_mib, 1)} or less, or more RAM",
+    )
+
+
+# Derived: command line flags, JSON, dimensions
+
+
+def _flag(f: "dataclasses.Field[Any]") -> str:
+    name: str = f.metadata.get("flag", f.metadata.get("dimension", f.name))
+    return "--" + name.replace("_", "-")
+
+
+def _destination(f: "dataclasses.Field[Any]") -> str:
+    return str(f.metadata.get("dimension", f.name))
+
+
+def add_arguments(parser: argparse._ActionsContainer, cls: "type[DataclassInstance]") -> None:
+    """Add one flag to `parser` for each field of `cls` (`Machine` or `Workload`)."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        hint, help_text = hints[f.name], f.metadata.get("help", "")
+        common: dict[str, Any] = {"dest": _destination(f), "default": f.default}
+        if hint is int:
+            parser.add_argument(
+                _flag(f), type=int, metavar="N", help=f"{help_text} (default {f.default})", **common
+            )
+        elif typing.get_origin(hint) is Literal:
+            choices = typing.get_args(hint)
+            parser.add_argument(
+                _flag(f), choices=choices, help=f"{help_text} (default {f.default})", **common
+            )
+        elif hint == bool | None:
+            parser.add_argument(
+                _flag(f), action=argparse.BooleanOptionalAction, help=help_text, **common
+            )
+        elif hint == tuple[str, ...]:
+            parser.add_argument(
+                _flag(f), action="append", metavar="ARG", help=help_text, **common | {"default": []}
+            )
+        else:
+            raise TypeError(f"no command line form for {cls.__name__}.{f.name}: {hint}")
+
+
+def from_arguments(cls: type[_T], namespace: argparse.Namespace) -> _T:
+    """Build a `cls` from the flags that `add_arguments` added."""
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        value = getattr(namespace, _destination(f))
+        values[f.name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def dimensions(value: "DataclassInstance") -> dict[str, Any]:
+    """Return the parameters of `value` as one flat dictionary of table columns.
+
+    A scenario gives its machine's and its workload's parameters, `method`, `engine` and
+    `variant` together.
+    """
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(value):
+        item = getattr(value, f.name)
+        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+            flat |= dimensions(item)
+        else:
+            flat[_destination(f)] = item
+    if isinstance(value, Scenario):
+        flat |= {"engine": method(value.method).engine, "variant": value.variant}
+    return flat
+
+
+def to_json(value: "DataclassInstance") -> dict[str, Any]:
+    """Return `value` as what JSON can hold."""
+    result: dict[str, Any] = msgspec.to_builtins(value)
+    return result
+
+
+def from_json(cls: type[_T], data: object) -> _T:
+    """Build a `cls` from parsed JSON.
+
+    Types are not coerced, and a key that no field has is an error, so that a file of a newer
+    version is never read in part.  Raises `UsageError`.
+    """
+    _reject_unknown_keys(cls, data, "$")
+    try:
+        return msgspec.convert(data, cls)
+    except msgspec.ValidationError as err:
+        # A UsageError of __post_init__ arrives as the cause, already in one line.
+        if isinstance(err.__cause__, UsageError):
+            raise err.__cause__ from None
+        raise UsageError(f"not a {cls.__name__.lower()}: {err}", "check the file") from err
+
+
+def _reject_unknown_keys(cls: "type[DataclassInstance]", data: object, where: str) -> None:
+    if not isinstance(data, dict):
+        return
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - {f.name for f in dataclasses.fields(cls)})
+    _require(
+        not unknown,
+        f"unknown {cls.__name__.lower()} parameter {', '.join(map(str, unknown))} at {where}",
+        "use the version of the lab that wrote it",
+    )
+    for name, item in data.items():
+        if dataclasses.is_dataclass(hints[name]):
+            _reject_unknown_keys(hints[name], item, f"{where}.{name}")

@@ -1,0 +1,594 @@
+"""Take a snapshot: the methods, what is seen while they run, and the result.
+
+What the times of a `Snapshot` are:
+
+`setup_ms`
+    request until QEMU stops the vCPUs: preparation while the guest runs.  For ordinary migration
+    that is the whole copy until the last round.
+`pause_ms`
+    vCPUs stopped: QEMU's STOP event until its RESUME event.  An ordinary migration leaves the
+    vCPUs stopped; the lab lets them go on as soon as it sees the migration completed, and that is
+    the RESUME which counts.
+`duration_ms`
+    request until QEMU reports the migration completed.  Not in it: closing the image, renaming
+    it, writing the sidecar.
+
+The request is the moment before the first command is sent that affects the guest: `migrate`, or
+`stop` for `stop-and-copy`.  What is not measured here: what the guest lost in speed, which is what
+`df_progress()` is for.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lab.display import html_row
+from lab.errors import HostError, LabError, QmpError, SnapshotError, UsageError
+from lab.host import require_uffd
+from lab.instruments.faultlog import FaultLog, read_fault_log
+from lab.instruments.phases import counters, df_phases
+from lab.instruments.progress import ProgressSampler
+from lab.qemu.build import QemuBinary
+from lab.qmp import Event
+from lab.scenario import METHODS, Machine, Method, Workload, dimensions
+from lab.scenario import method as method_of
+from lab.sidecar import Sidecar, sidecar_path
+from lab.tables import fault_summary, with_marks
+from lab.vm import VM, file_channel
+
+log = logging.getLogger(__name__)
+
+DOWNTIME_LIMIT_MS = 300
+"""QEMU's default: an ordinary migration stops the guest for its last round when it expects that
+round to take this long.  Set and recorded rather than relied upon."""
+
+MIN_BYTES_PER_S = 5_000_000
+"""A snapshot slower than this is taken to hang; at full speed it is a hundred times faster."""
+
+MAX_PRECOPY_RAM_SIZES = 8
+"""A precopy whose image has grown to so many times the guest's RAM is given up: the guest writes
+faster than the disk, and QEMU would go on until the disk is full."""
+
+SIZE_POLL_S = 0.1
+ABORT_TIMEOUT_S = 30.0
+POLL_S = 0.001
+QEMU_STATE_BYTES = 64 << 20
+"""Room on the disk for what is in an image besides pages: headers and the devices' state."""
+
+_ENDED = ("completed", "failed", "cancelled")
+_CLEARED = {"background-snapshot": False, "mapped-ram": False, "pause-before-switchover": False}
+
+Hold = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A snapshot that was taken, and how that went.  See the module for what the times are.
+
+    The tables name the snapshot in their `attrs` (`method`, `request_ns`, `stop_ns`, `resume_ns`,
+    `end_ns`), so that `lab.plot_*` draw them as they are.
+
+    `request_ns`, `stop_ns`, `resume_ns` and `end_ns` are CLOCK_MONOTONIC; `stop_ns` and
+    `resume_ns` are None when the guest was stopped before and stayed so.
+    """
+
+    path: Path
+    method: str
+    engine: str | None
+    outcome: str
+    machine: Machine
+    workload: Workload
+    binary: QemuBinary
+    request_ns: int
+    stop_ns: int | None
+    resume_ns: int | None
+    end_ns: int
+    image_bytes: int
+    counters: dict[str, int]
+    migration: dict[str, Any] = dataclasses.field(repr=False)
+    """QEMU's last reply to `query-migrate`."""
+    fault_log: FaultLog | None = dataclasses.field(repr=False)
+    sampler: ProgressSampler | None = dataclasses.field(repr=False)
+
+    @property
+    def setup_ms(self) -> float | None:
+        """Request until the vCPUs were stopped."""
+        return None if self.stop_ns is None else (self.stop_ns - self.request_ns) / 1e6
+
+    @property
+    def pause_ms(self) -> float | None:
+        """How long the vCPUs were stopped."""
+        if self.stop_ns is None or self.resume_ns is None:
+            return None
+        return (self.resume_ns - self.stop_ns) / 1e6
+
+    @property
+    def duration_ms(self) -> float:
+        """Request until the migration was completed."""
+        return (self.end_ns - self.request_ns) / 1e6
+
+    def df_phases(self) -> pd.DataFrame:
+        """Return the engine's phases: `phase`, `start_ns`, `end_ns`, `duration_ns`.
+
+        Empty where QEMU does not tell: only the patched one does, for live methods.
+        """
+        return self._marked(df_phases(self.migration))
+
+    def df_faults(self) -> pd.DataFrame:
+        """Return one row for each write fault; `FaultLog` lists the columns.
+
+        :raise UsageError: when there is no fault log.
+        """
+        if self.fault_log is None:
+            raise UsageError(
+                f"there is no fault log of a {self.method} snapshot",
+                "use a live method of the patched QEMU, with fault_log=True",
+            )
+        return self._marked(self.fault_log.df)
+
+    def df_progress(self) -> pd.DataFrame:
+        """Return the samples of the guest's progress: `t_ns`, `ops`, `read_ns`.
+
+        :raise UsageError: when progress was not sampled.
+        """
+        if self.sampler is None:
+            raise UsageError("progress was not sampled", "use progress=True")
+        return self._marked(self.sampler.df())
+
+    def _marked(self, table: pd.DataFrame) -> pd.DataFrame:
+        return with_marks(
+            table,
+            method=self.method,
+            request_ns=self.request_ns,
+            stop_ns=self.stop_ns,
+            resume_ns=self.resume_ns,
+            end_ns=self.end_ns,
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Return one flat row: the scenario's dimensions, times in ms, size and fault counts."""
+        return {
+            "method": self.method,
+            "engine": self.engine,
+            "outcome": self.outcome,
+            **dimensions(self.machine),
+            **dimensions(self.workload),
+            "setup_ms": self.setup_ms,
+            "pause_ms": self.pause_ms,
+            "duration_ms": self.duration_ms,
+            "image_bytes": self.image_bytes,
+            **fault_summary(None if self.fault_log is None else self.fault_log.df),
+        }
+
+    def __repr__(self) -> str:
+        pause = "not paused" if self.pause_ms is None else f"pause {self.pause_ms:.2f} ms"
+        return (
+            f"Snapshot({self.method!r}, {self.path.name!r}, {pause}, "
+            f"duration {self.duration_ms:.0f} ms, {self.image_bytes / (1 << 20):.0f} MiB)"
+        )
+
+    def _repr_html_(self) -> str:
+        cells = {
+            "method": self.method,
+            "image": self.path.name,
+            "set-up": _ms(self.setup_ms),
+            "pause": _ms(self.pause_ms),
+            "duration": _ms(self.duration_ms),
+            "size": f"{self.image_bytes / (1 << 20):.0f} MiB",
+            "faults": "-" if self.fault_log is None else str(len(self.fault_log.df)),
+        }
+        return html_row(cells)
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} ms"
+
+
+async def take(
+    vm: VM,
+    path: str | Path,
+    method: str,
+    *,
+    fault_log: bool = True,
+    progress: bool = True,
+    before_s: float = 1.0,
+    after_s: float = 1.0,
+    sampler: ProgressSampler | None = None,
+    hold: Hold | None = None,
+) -> Snapshot:
+    """Take a snapshot of `vm`; `VM.snapshot` says more.
+
+    :param sampler: one that runs already; then none is started, and there is no waiting before
+        and after.
+    :param hold: called at the instant that the image shows, while the guest is stopped there.
+        On the patched QEMU's live methods that is the engine's pre-switchover hold; for ordinary
+        migration, completion.  The unpatched `background` can not be held: the guest is stopped
+        and held before the request, and goes on when QEMU has transferred the first pages.
+    """
+    how = method_of(method)
+    if not how.runs_on(vm.binary.variant):
+        raise UsageError(
+            f"{method} needs the {how.binary} QEMU and this guest runs on the {vm.binary.variant}",
+            f'boot with binary="{how.binary}", or choose from: {_possible(vm.binary.variant)}',
+        )
+    with vm.busy_with(f"a {method} snapshot"):
+        image = Path(path).absolute()
+        async with contextlib.AsyncExitStack() as stack:
+            partial = stack.enter_context(_partial_image(image))
+            _check_disk(vm, how, image)
+            if sampler is None and progress:
+                sampler = await stack.enter_async_context(vm.sampling())
+                await asyncio.sleep(before_s)
+            else:
+                after_s = 0.0
+            attempt = _Attempt(vm, how, partial, hold=hold, log_faults=fault_log)
+            await attempt.run()
+            size = _publish(vm, how, partial, image)
+            await asyncio.sleep(after_s)
+        return attempt.result(image, size, sampler)
+
+
+def _possible(variant: str) -> str:
+    return ", ".join(name for name, how in METHODS.items() if how.runs_on(variant))
+
+
+class _Attempt:
+    """One migration to a file, from the request until QEMU could do another."""
+
+    def __init__(
+        self, vm: VM, how: Method, partial: Path, *, hold: Hold | None, log_faults: bool
+    ) -> None:
+        self.vm = vm
+        self.how = how
+        self.partial = partial
+        self.hold = hold
+        self.patched_engine = how.mechanism == "background" and vm.binary.variant == "patched"
+        self.fault_log_path = (
+            vm.process.workdir / "faults.bin" if log_faults and self.patched_engine else None
+        )
+        self.was_running = False
+        self.since = 0
+        self.request_ns = 0
+        self.completed: Event | None = None
+        self.clock_offset_ns = 0
+        self.migration: dict[str, Any] = {}
+        self.fault_log: FaultLog | None = None
+
+    async def run(self) -> None:
+        vm = self.vm
+        self.was_running = await vm.is_running()
+        if await vm.status() == "postmigrate":
+            raise SnapshotError(
+                "QEMU can not migrate a guest twice that has not run in between",
+                "let it run with vm.cont() first, and stop it again if it has to be stopped",
+            )
+        try:
+            await self._prepare()
+            self.since = len(vm.qmp.events)
+            self.request_ns = time.monotonic_ns()
+            if self.how.mechanism == "stopped":
+                await vm.stop()
+            if self._is_held_before:
+                await self._migrate_held()
+            else:
+                await vm.execute("migrate", {"channels": file_channel(self.partial)})
+            self.completed = await self._await_bounded_end()
+            if self.how.mechanism != "background":
+                if self.hold is not None:
+                    await self.hold()
+                if self.was_running:
+                    await self._continue()
+            await self._settle()
+            self.migration = await vm.execute("query-migrate")
+            self.clock_offset_ns = time.clock_gettime_ns(time.CLOCK_REALTIME) - time.monotonic_ns()
+            if self.fault_log_path is not None:
+                self.fault_log = read_fault_log(self.fault_log_path, await vm.vcpu_threads())
+            await self._reset()
+        except BaseException as error:
+            # Cancelled as well as failed: the guest has to go on before anything else is told.
+            await _to_the_end(self._abort())
+            if isinstance(error, QmpError):
+                raise SnapshotError(f"{self.how.name}: {error.cause}", error.remedy) from error
+            raise
+
+    @property
+    def _is_held_before(self) -> bool:
+        background = self.how.mechanism == "background"
+        return self.hold is not None and background and not self.patched_engine
+
+    async def _migrate_held(self) -> None:
+        """Hold a guest that QEMU can not hold, see `take`."""
+        assert self.hold is not None
+        await self.vm.stop()
+        await self.hold()
+        await self.vm.execute("migrate", {"channels": file_channel(self.partial)})
+        await self._until(self._has_begun, "begin a migration")
+        if self.was_running:
+            await self.vm.cont()
+
+    async def _has_begun(self) -> bool:
+        reply = await self.vm.execute("query-migrate")
+        return bool(reply.get("ram", {}).get("normal", 0)) or reply.get("status") in _ENDED
+
+    async def _prepare(self) -> None:
+        vm, background = self.vm, self.how.mechanism == "background"
+        # One command: QEMU checks what is incompatible for the set as a whole.
+        held = self.patched_engine and self.hold is not None
+        capabilities = {"events": True, **_CLEARED, "pause-before-switchover": held}
+        capabilities |= dict.fromkeys(self.how.capabilities, True)
+        try:
+            await vm.execute("migrate-set-capabilities", {"capabilities": _states(capabilities)})
+        except QmpError as error:
+            if background and "not supported by host kernel" in error.cause:
+                require_uffd()  # says which of the reasons it is, if this process is refused too
+                raise HostError(
+                    f"{self.how.name} needs userfaultfd write protection: {error.cause}",
+                    "run as root on Linux 5.7 or later, or set vm.unprivileged_userfaultfd=1; "
+                    "`lab doctor` says which",
+                ) from error
+            raise
+        parameters: dict[str, object] = {
+            # 0 is no limit; the default of 128 MiB/s would not let a busy guest converge.
+            "max-bandwidth": 0,
+            "downtime-limit": DOWNTIME_LIMIT_MS,
+        }
+        if self.patched_engine:
+            parameters["x-snapshot-engine"] = self.how.engine
+            parameters["x-snapshot-fault-log"] = str(self.fault_log_path or "")
+        await vm.execute("migrate-set-parameters", parameters)
+
+    async def _await_bounded_end(self) -> Event:
+        end = asyncio.ensure_future(self._await_end())
+        bound = asyncio.ensure_future(self._await_too_large())
+        try:
+            await asyncio.wait({end, bound}, return_when=asyncio.FIRST_COMPLETED)
+            if not end.done():
+                size = bound.result()
+                raise SnapshotError(
+                    f"{self.how.name} does not converge: its image has {size >> 20} MiB, "
+                    f"{MAX_PRECOPY_RAM_SIZES} times the guest's RAM",
+                    "take a live snapshot, or let the guest write less",
+                )
+            return end.result()
+        finally:
+            end.cancel()
+            bound.cancel()
+            await asyncio.gather(end, bound, return_exceptions=True)
+
+    async def _await_too_large(self) -> int:
+        """Return the size of the image once it is out of all proportion, which may be never."""
+        while True:
+            size = self.partial.stat().st_size
+            if size > MAX_PRECOPY_RAM_SIZES * self.vm.machine.ram_mib << 20:
+                return size
+            await asyncio.sleep(SIZE_POLL_S)
+
+    async def _await_end(self) -> Event:
+        timeout_s = 60.0 + self.vm.machine.ram_mib * (1 << 20) / MIN_BYTES_PER_S
+        since = self.since
+        while True:
+            event = await self.vm.watched(
+                self.vm.qmp.wait_event(_is_progress, since=since, timeout_s=timeout_s),
+                f"it took a {self.how.name} snapshot",
+            )
+            status = event.data["status"]
+            if status == "completed":
+                return event
+            if status in _ENDED:
+                raise SnapshotError(f"{self.how.name} {status}: {await self._why()}")
+            since = self.vm.qmp.events.index(event, since) + 1
+            if self.hold is not None:
+                await self.hold()
+            await self.vm.execute("migrate-continue", {"state": "pre-switchover"})
+
+    async def _why(self) -> str:
+        reply = await self.vm.execute("query-migrate")
+        said = reply.get("error-desc")
+        if said:
+            return str(said)
+        lines = [line for line in self.vm.process.log_text().splitlines() if line.strip()]
+        return lines[-1].split("qemu-system-x86_64: ", 1)[-1] if lines else "QEMU gives no reason"
+
+    async def _continue(self) -> None:
+        """Let the vCPUs go on after an ordinary migration, as soon as QEMU allows it.
+
+        QEMU reports completion just before it leaves the state `finish-migrate`, in which it
+        refuses to continue.
+        """
+        await self._until(self._is_final, "finish a migration")
+        await self.vm.cont()
+
+    async def _is_final(self) -> bool:
+        return await self.vm.status() != "finish-migrate"
+
+    async def _settle(self) -> None:
+        """Wait until QEMU has closed the image and could do another migration.
+
+        It reports a migration completed before it has cleaned up; the yank instance of the
+        migration goes away last.
+        """
+        await self._until(self._is_idle, "clean up after a migration")
+
+    async def _is_idle(self) -> bool:
+        instances = await self.vm.execute("query-yank")
+        return all(instance["type"] != "migration" for instance in instances)
+
+    async def _until(self, reached: Callable[[], Awaitable[bool]], what: str) -> None:
+        """Ask until `reached` says yes; there is no event for what is waited for here."""
+        end = asyncio.get_running_loop().time() + ABORT_TIMEOUT_S
+        while not await reached():
+            if asyncio.get_running_loop().time() > end:
+                raise QmpError(f"QEMU did not {what} within {ABORT_TIMEOUT_S:g} s")
+            await asyncio.sleep(POLL_S)
+
+    async def _reset(self) -> None:
+        """Leave QEMU as a guest that was never snapshotted would have it."""
+        await self.vm.execute("migrate-set-capabilities", {"capabilities": _states(_CLEARED)})
+        if self.patched_engine:
+            await self.vm.execute("migrate-set-parameters", {"x-snapshot-fault-log": ""})
+
+    async def _abort(self) -> None:
+        """Take back what was begun; what fails here is logged, because an error is on its way."""
+        if self.vm.qmp.is_lost:
+            return
+        try:
+            if not await self._is_idle():
+                await self.vm.execute("migrate_cancel")
+                await self._settle()
+            await self._reset()
+            if self.was_running and not await self.vm.is_running():
+                await self.vm.cont()
+        except LabError as error:
+            log.error("taking back a %s snapshot: %s", self.how.name, error)
+
+    def result(self, image: Path, size: int, sampler: ProgressSampler | None) -> Snapshot:
+        assert self.completed is not None
+        events = self.vm.qmp.events[self.since :]
+        stop = next((e for e in events if e.name == "STOP"), None)
+        resume = next((e for e in events if e.name == "RESUME"), None)
+        return Snapshot(
+            path=image,
+            method=self.how.name,
+            engine=self.how.engine,
+            outcome="ok",
+            machine=self.vm.machine,
+            workload=self.vm.workload,
+            binary=self.vm.binary,
+            request_ns=self.request_ns,
+            stop_ns=self._monotonic_ns(stop),
+            resume_ns=self._monotonic_ns(resume),
+            end_ns=self.completed.time_us * 1000 - self.clock_offset_ns,
+            image_bytes=size,
+            counters=counters(self.migration),
+            migration=self.migration,
+            fault_log=self.fault_log,
+            sampler=sampler,
+        )
+
+    def _monotonic_ns(self, event: Event | None) -> int | None:
+        return None if event is None else event.time_us * 1000 - self.clock_offset_ns
+
+
+def _states(capabilities: dict[str, bool]) -> list[dict[str, object]]:
+    return [{"capability": name, "state": state} for name, state in capabilities.items()]
+
+
+def _is_progress(event: Event) -> bool:
+    return event.name == "MIGRATION" and event.data.get("status") in (*_ENDED, "pre-switchover")
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work`, which bounds itself; a cancellation meanwhile takes effect after it."""
+    task = asyncio.create_task(work, name="taking back a snapshot")
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    await task
+    if cancelled is not None:
+        raise cancelled
+
+
+# Files
+
+
+@contextlib.contextmanager
+def _partial_image(image: Path) -> Iterator[Path]:
+    """Create the private file that QEMU writes; remove it unless it was renamed.
+
+    :raise SnapshotError: when it can not be created, or another snapshot writes it.
+    """
+    if image.is_dir():
+        raise SnapshotError(f"{image} is a directory", "name a file")
+    partial = image.with_name(image.name + ".partial")
+    try:
+        descriptor = os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise SnapshotError(
+            f"{partial} can not be created: {error.strerror}", "choose another path"
+        ) from error
+    with os.fdopen(descriptor, "wb") as file:
+        try:
+            # Held as long as the file is open: two guests can not write one image.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SnapshotError(
+                f"another snapshot is being written to {image.name}", "choose another path"
+            ) from error
+        try:
+            os.fchmod(file.fileno(), 0o600)
+            file.truncate()
+            yield partial
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _check_disk(vm: VM, how: Method, image: Path) -> None:
+    """Refuse a snapshot for which there is clearly no room; a disk that fills up later fails it."""
+    guest_bytes = vm.machine.ram_mib << 20
+    # Pages that were never written are not in the image, and not resident in QEMU either.
+    resident = min(guest_bytes, _resident_bytes(vm.pid))
+    # Precopy writes a page again whenever the guest has; half more is usual under load.
+    expected = resident * 3 // 2 if how.mechanism == "precopy" else resident
+    free = shutil.disk_usage(image.parent).free
+    if free < expected + QEMU_STATE_BYTES:
+        raise SnapshotError(
+            f"the image needs about {(expected + QEMU_STATE_BYTES) >> 20} MiB and "
+            f"{free >> 20} MiB are free in {image.parent}",
+            "free some disk space or choose another path",
+        )
+
+
+def _resident_bytes(pid: int) -> int:
+    # No file, or none of the line: the process has just ended, and the next command tells why.
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _publish(vm: VM, how: Method, partial: Path, image: Path) -> int:
+    """Give the complete image its name, together with its sidecar; return its size."""
+    size = partial.stat().st_size
+    sidecar = Sidecar(
+        method=how.name,
+        engine=how.engine,
+        machine=vm.machine,
+        workload=vm.workload,
+        machine_type=vm.machine_type,
+        image_bytes=size,
+        created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        ready=vm.ready,
+        binary=vm.binary,
+        kernel_sha256=vm.guest.kernel_sha256,
+    )
+    beside = sidecar_path(image)
+    new = beside.with_name(beside.name + ".partial")
+    try:
+        descriptor = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(sidecar.to_text())
+        # In this order, so that no crash leaves a sidecar beside an image it does not describe:
+        # an image without a sidecar is refused.
+        beside.unlink(missing_ok=True)
+        partial.rename(image)
+        new.rename(beside)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise SnapshotError(f"{image.name} can not be completed: {error.strerror}") from error
+    return size

@@ -1,0 +1,284 @@
+"""Run sets condensed for reading: one row a method, comparisons of two sets, both as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from lab.errors import RunError
+from lab.run import Run, RunSet
+from lab.stats import Comparison, check_stability, compare, median, quantile_interval
+from lab.tables import DIMENSIONS, METRICS, SUMMARY_FIELDS, Slowdown, df_runs, varying
+
+# What the short table shows; all of METRICS is in the report.
+SHORT = (
+    "pause_ms",
+    "duration_ms",
+    "lost_work_ms",
+    "min_rate_50ms",
+    "max_gap_ms",
+    "image_bytes",
+    "faults",
+    "fault_p50_us",
+    "fault_p99_us",
+)
+_HEADINGS = {
+    "setup_ms": "set-up ms",
+    "pause_ms": "pause ms",
+    "duration_ms": "duration ms",
+    "image_bytes": "image MiB",
+    "baseline_ops_per_s": "baseline Mops/s",
+    "lost_work_ms": "lost work ms",
+    "min_rate_50ms": "min rate %",
+    "max_gap_ms": "max gap ms",
+    "recovery_ms": "recovery ms",
+    "faults": "faults",
+    "fault_p50_us": "fault p50 us",
+    "fault_p99_us": "fault p99 us",
+    "fault_max_us": "fault max us",
+}
+# A guest whose rate takes longer to come back after completion is not slow to recover: either the
+# baseline was measured in a fast second, or the host was busy.  Lost work counts that time.
+LONG_RECOVERY_MS = 2000
+_SCALES = {"image_bytes": 2.0**-20, "baseline_ops_per_s": 1e-6, "min_rate_50ms": 100.0}
+
+
+def heading(metric: str) -> str:
+    """A metric's name for people, with the unit `shown` uses."""
+    return _HEADINGS.get(metric, metric)
+
+
+def shown(metric: str, value: float | None) -> str:
+    """A value in the unit of `heading`, three significant digits; `-` for null."""
+    if value is None or math.isnan(value):
+        return "-"
+    scaled = value * _SCALES.get(metric, 1.0)
+    if scaled == 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(scaled))))
+    return f"{scaled:.{digits}f}"
+
+
+def df_methods(runs: RunSet | Sequence[Run]) -> pd.DataFrame:
+    """One row a method, over its runs that count.
+
+    Columns: method, n (boots), failed (runs that are failed or undecided), and for every metric
+    the median over boots as `metric`, and `metric_low`, `metric_high`: the order-statistic
+    interval of the median, asked for at 95 %.  With fewer than six boots it is the lowest and
+    highest boot, which covers less (n = 5: 94 %, n = 3: 75 %).
+    """
+    frame = df_runs(runs)
+    frame = frame[~frame["warmup"]]
+    methods = runs.record.plan.get("methods", []) if isinstance(runs, RunSet) else []
+    names = [m for m in methods if m in set(frame["method"])]
+    names += [m for m in dict.fromkeys(frame["method"]) if m not in names]
+    rows = []
+    for name in names:
+        of_method = frame[frame["method"] == name]
+        ok = of_method[of_method["outcome"] == "ok"]
+        row: dict[str, Any] = {"method": name, "n": len(ok), "failed": len(of_method) - len(ok)}
+        for metric in METRICS:
+            values = ok[metric].dropna().to_numpy(dtype=float)
+            low = high = middle = math.nan
+            if len(values):
+                interval = quantile_interval(values)
+                low, middle, high = interval.low, median(values), interval.high
+            row |= {metric: middle, f"{metric}_low": low, f"{metric}_high": high}
+        rows.append(row)
+    columns = ["method", "n", "failed"]
+    columns += [m + part for m in METRICS for part in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def df_readable(methods: pd.DataFrame, metrics: Sequence[str] = SHORT) -> pd.DataFrame:
+    """`df_methods` as text for display: `median [low - high]`, units in the headings."""
+    table = {"method": methods["method"], "n": methods["n"]}
+    if methods["failed"].any():
+        table["failed"] = methods["failed"]
+    for metric in metrics:
+        table[heading(metric)] = pd.Series(
+            [
+                _with_range(metric, *values)
+                for values in zip(
+                    methods[metric],
+                    methods[f"{metric}_low"],
+                    methods[f"{metric}_high"],
+                    strict=True,
+                )
+            ],
+            index=methods.index,
+            dtype=object,
+        )
+    return pd.DataFrame(table)
+
+
+def _with_range(metric: str, middle: float, low: float, high: float) -> str:
+    text = shown(metric, middle)
+    if text == "-" or low == high:
+        return text
+    return f"{text} [{shown(metric, low)} - {shown(metric, high)}]"
+
+
+def df_slowdown(cost: Slowdown) -> pd.DataFrame:
+    """What one snapshot cost the guest, for display.  Index: the number with its unit; column:
+    value.
+    """
+    rows = {
+        heading(metric): shown(metric, getattr(cost, metric))
+        for metric in METRICS
+        if hasattr(cost, metric)
+    }
+    return pd.DataFrame({"this snapshot": rows})
+
+
+def text_table(table: pd.DataFrame) -> str:
+    """A table of text as aligned lines, the first column to the left."""
+    cells = [[str(name) for name in table.columns]]
+    cells += [[str(value) for value in row] for row in table.itertuples(index=False)]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(table.columns))]
+    lines = []
+    for row in cells:
+        first, *rest = (
+            cell.ljust(width) if k == 0 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join([first, *rest]).rstrip())
+    return "\n".join(lines)
+
+
+def warnings_of(run_set: RunSet) -> list[str]:
+    """Reasons to distrust a set, one sentence each: few boots, wide spread, drift, lower
+    bounds, long recoveries, failures, warnings.
+    """
+    found = []
+    frame = df_runs(run_set)
+    counted = frame[(frame["outcome"] == "ok") & ~frame["warmup"]]
+    for name, part in counted.groupby("method", sort=False):
+        for metric in ("pause_ms", "duration_ms", "lost_work_ms"):
+            values = part[metric].dropna().tolist()
+            found += [
+                f"{name}, {heading(metric)}: {reason}"
+                for reason in (check_stability(values) if values else [])
+                if not reason.startswith("only") or metric == "duration_ms"
+            ]
+        capped = part["back_capped"] == True  # noqa: E712 - the column holds null too
+        if capped.any():
+            found.append(
+                f"{name}: in {capped.sum()} of {len(part)} boots the old rate was not seen again; "
+                f"lost work is a lower bound there"
+            )
+        late = ~capped & (part["recovery_ms"] > LONG_RECOVERY_MS)
+        if late.any():
+            found.append(
+                f"{name}: in {late.sum()} of {len(part)} boots the old rate took over "
+                f"{LONG_RECOVERY_MS / 1000:g} s from completion to come back; if the baseline had "
+                f"drifted, lost work is too large there"
+            )
+    for run in run_set:
+        if not run.ok:
+            found.append(f"{run.name} is {run.record.outcome}: {run.record.reason}")
+        found += [f"{run.name}: {warning}" for warning in run.record.warnings]
+    return found
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: runs that count, of one method, and what they were measured on."""
+
+    name: str
+    runs: list[Run]
+
+    @property
+    def dimensions(self) -> dict[str, Any]:
+        """Parameters, build and host."""
+        first = self.runs[0]
+        return {name: first.summary.get(name) for name in DIMENSIONS} | {
+            "build": first.build,
+            "kernel": first.record.host.get("kernel"),
+            "cpu_model": first.record.host.get("cpu_model"),
+            "image_filesystem": first.record.host.get("image_filesystem"),
+        }
+
+
+def sides(
+    a: RunSet, b: RunSet, method_a: str | None, method_b: str | None
+) -> list[tuple[Side, Side]]:
+    """Pairs to compare: the methods both sets have, or the two that are named.
+
+    :raise RunError: when there is no such pair.
+    """
+    if method_a or method_b:
+        pairs = [(method_a or str(method_b), method_b or str(method_a))]
+    else:
+        pairs = [(m, m) for m in a.methods if m in b.methods]
+    if not pairs:
+        raise RunError(
+            f"{a.name} and {b.name} have no method in common", "name one on each side: SET:METHOD"
+        )
+    result = []
+    for left, right in pairs:
+        found = []
+        for run_set, name in ((a, left), (b, right)):
+            runs = run_set.measured(name)
+            if not runs:
+                have = ", ".join(run_set.methods) or "none"
+                raise RunError(
+                    f"{run_set.name} has no run of {name} that counts (it has: {have})",
+                    "name another method",
+                )
+            found.append(Side(f"{run_set.name}:{name}", runs))
+        result.append((found[0], found[1]))
+    return result
+
+
+def compare_sides(
+    a: Side, b: Side, metrics: Sequence[str] = METRICS
+) -> Mapping[str, Comparison | None]:
+    """B against A for every metric; None where either has no value."""
+    result: dict[str, Comparison | None] = {}
+    left, right = df_runs(a.runs), df_runs(b.runs)
+    for metric in metrics:
+        x, y = left[metric].dropna().tolist(), right[metric].dropna().tolist()
+        result[metric] = compare(x, y) if x and y else None
+    return result
+
+
+def comparison_text(a: Side, b: Side) -> str:
+    """A comparison as text: what differs, then a row a metric with delta, ratio, interval and p."""
+    different = varying([a.dimensions, b.dimensions], tuple(a.dimensions))
+    lines = [f"A = {a.name} (n={len(a.runs)})", f"B = {b.name} (n={len(b.runs)})"]
+    lines += [f"  {name}: {a.dimensions[name]} -> {b.dimensions[name]}" for name in different]
+    rows = []
+    caveats = set()
+    for metric, result in compare_sides(a, b).items():
+        if result is None:
+            continue
+        ratio, interval = result.ratio, result.interval
+        rows.append(
+            {
+                "": heading(metric),
+                "A": shown(metric, result.median_a),
+                "B": shown(metric, result.median_b),
+                "delta": shown(metric, result.delta),
+                "B/A": "-" if ratio is None else f"{ratio:.3g}",
+                "interval": f"{interval.low:.3g} - {interval.high:.3g}" if interval else "-",
+                "covers": f"{interval.coverage:.0%}" if interval else "-",
+                "p": f"{result.p:.2g}",
+            }
+        )
+        if result.caveat:
+            caveats.add(result.caveat)
+    lines.append(text_table(pd.DataFrame(rows)) if rows else "no metric that both have")
+    lines += [f"caveat: {caveat}" for caveat in sorted(caveats)]
+    return "\n".join(lines)
+
+
+def definitions() -> pd.DataFrame:
+    """What each number of the summary line is.  Columns: field, unit, meaning."""
+    return pd.DataFrame(
+        [{"field": name, "unit": c.unit, "meaning": c.doc} for name, c in SUMMARY_FIELDS.items()]
+    )

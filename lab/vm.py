@@ -1,0 +1,531 @@
+"""A running guest: boot or restore it, talk to its QEMU, and be sure that it ends.
+
+>>> import lab
+>>> async def main() -> None:
+...     async with lab.boot(lab.Machine(ram_mib=512), lab.Workload("random", wss_mib=64)) as vm:
+...         live = await vm.snapshot("live.snap")
+...     async with lab.restore("live.snap") as again:
+...         print(again.ready.nonce)
+"""
+
+import asyncio
+import contextlib
+import re
+import socket
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lab.commandline import Channels, check_host, qemu_command
+from lab.console import Console, attached
+from lab.display import html_row
+from lab.errors import GuestError, LaunchError, QmpError, RestoreError, SnapshotError
+from lab.guest.build import Guest, find_guest
+from lab.guest.protocol import PAGE_BYTES, ProgressPage, ReadyRecord, Record
+from lab.host import NAME_PREFIX
+from lab.hostmem import read_process
+from lab.process import QUIT_GRACE_S, Process, running
+from lab.qemu.build import QemuBinary, find_qemu
+from lab.qmp import COMMAND_TIMEOUT_S, Event, Qmp, connected
+from lab.scenario import MAPPED_RAM, Machine, Variant, Workload, check_fit, method
+from lab.sidecar import Sidecar, read_sidecar
+
+if TYPE_CHECKING:
+    from lab.instruments.progress import ProgressSampler
+    from lab.snapshot import Snapshot
+
+BOOT_TIMEOUT_S = 120.0
+"""A guest boots in seconds; a busy host makes that many more."""
+
+RESTORE_BYTES_PER_S = 10_000_000
+"""A restore slower than this is taken to hang."""
+
+HEARTBEAT_S = 0.1
+"""A notebook's interrupt takes effect when the event loop wakes next; a quiet one sleeps on."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RamBlock:
+    """One RAM block of QEMU, as `info ramblock` shows it.
+
+    `host_address` is where it is mapped in the QEMU process; only `used_bytes` of it are migrated.
+    """
+
+    name: str
+    host_address: int
+    used_bytes: int
+    total_bytes: int
+    page_bytes: int
+    read_only: bool
+
+
+class VM:
+    """A guest and its QEMU.  Made by `boot` and `restore`, valid inside their context."""
+
+    def __init__(
+        self,
+        *,
+        process: Process,
+        qmp: Qmp,
+        console: Console,
+        machine: Machine,
+        workload: Workload,
+        binary: QemuBinary,
+        guest: Guest,
+        name: str,
+    ) -> None:
+        self.process = process
+        self.qmp = qmp
+        self.console = console
+        self.machine = machine
+        self.workload = workload
+        self.binary = binary
+        self.guest = guest
+        self.name = name
+        self.machine_type = ""
+        """The versioned name of the machine type, such as pc-i440fx-10.0."""
+        self._ready: ReadyRecord | None = None
+        self._busy_with: str | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"VM(pid={self.pid}, {self.machine.ram_mib} MiB, {self.machine.vcpus} vCPU, "
+            f"{self.machine.accel}, {self.workload.kind}, QEMU {self.binary.version} "
+            f"{self.binary.variant})"
+        )
+
+    def _repr_html_(self) -> str:
+        ended = self.process.exit_code is not None
+        return html_row(
+            {
+                "guest": "ended" if ended else f"process {self.pid}",
+                "RAM": f"{self.machine.ram_mib} MiB",
+                "vCPUs": str(self.machine.vcpus),
+                "accelerator": self.machine.accel,
+                "workload": self.workload.kind,
+                "working set": f"{self.workload.wss_mib} MiB",
+                "QEMU": f"{self.binary.version} {self.binary.variant}",
+            }
+        )
+
+    @property
+    def pid(self) -> int:
+        """Process id of QEMU."""
+        return self.process.pid
+
+    @property
+    def ready(self) -> ReadyRecord:
+        """What the guest said when its writers started; after a restore, said before it."""
+        if self._ready is None:
+            raise GuestError("the guest is not ready yet")
+        return self._ready
+
+    # Monitor
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> Any:
+        """Run a QMP command and return what QEMU returns.
+
+        :raise LaunchError: when QEMU has died; the error carries its log.
+        :raise QmpError: when it refuses the command or does not answer in time.
+        """
+        return await self.watched(
+            self.qmp.execute(command, arguments, timeout_s=timeout_s), f"asked to {command}"
+        )
+
+    async def watched(self, work: Awaitable[_T], doing: str) -> _T:
+        """Await `work`; when it fails because QEMU died, raise the `LaunchError` that says why."""
+        try:
+            return await work
+        except (QmpError, GuestError) as error:
+            # A link that is lost before the process has ended means it is about to.
+            if self.qmp.is_lost and await self.process.wait(QUIT_GRACE_S):
+                raise self.process.died(doing) from error
+            raise
+
+    async def hmp(self, command: str) -> str:
+        """Run a human monitor command and return its text, in which QEMU reports errors too.
+
+        :raise LaunchError: when QEMU has died.
+        """
+        return await self.watched(self.qmp.hmp(command), f"asked to {command}")
+
+    async def status(self) -> str:
+        """Return QEMU's run state: `running`, `paused`, `postmigrate`, ..."""
+        return str((await self.execute("query-status"))["status"])
+
+    async def is_running(self) -> bool:
+        """Return whether the vCPUs run."""
+        return bool((await self.execute("query-status"))["running"])
+
+    async def stop(self) -> None:
+        """Stop the vCPUs."""
+        await self.execute("stop")
+
+    async def cont(self) -> None:
+        """Let the vCPUs run."""
+        await self.execute("cont")
+
+    async def vcpu_threads(self) -> dict[int, int]:
+        """Return the index of the vCPU for each host thread that runs one."""
+        cpus = await self.execute("query-cpus-fast")
+        return {int(cpu["thread-id"]): int(cpu["cpu-index"]) for cpu in cpus}
+
+    # Memory
+
+    async def ram_blocks(self) -> list[RamBlock]:
+        """Return every RAM block of the machine, ROMs and device memory included."""
+        return parse_ram_blocks(await self.hmp("info ramblock"))
+
+    async def host_address(self, gpa: int) -> int:
+        """Return where guest physical address `gpa` is mapped in the QEMU process.
+
+        :raise QmpError: when there is no RAM at that address.
+        """
+        text = await self.hmp(f"gpa2hva {gpa:#x}")
+        match = re.search(r"is (0x[0-9a-f]+)\s*$", text.strip())
+        if match is None:
+            raise QmpError(f"no host address for guest address {gpa:#x}: {text.strip()}")
+        return int(match[1], 16)
+
+    def read_host(self, address: int, length: int) -> bytes:
+        """Return `length` bytes of the QEMU process's memory, without stopping the guest.
+
+        :raise HostError: when this process may not read that one.
+        :raise LaunchError: when QEMU has died.
+        :raise OSError: when the range is not mapped.
+        """
+        try:
+            return read_process(self.pid, address, length)
+        except ProcessLookupError as error:
+            raise self.process.died("its memory was read") from error
+
+    async def progress_page(self) -> ProgressPage:
+        """Return the guest's progress page, decoded, as it is now."""
+        address = await self.host_address(self.ready.progress_gpa)
+        return ProgressPage.decode(self.read_host(address, PAGE_BYTES))
+
+    @contextlib.asynccontextmanager
+    async def sampling(self) -> AsyncIterator["ProgressSampler"]:
+        """Sample the guest's progress a thousand times a second while the context lasts.
+
+        :raise HostError: when this process may not read QEMU's memory.
+        """
+        from lab.instruments.progress import ProgressSampler  # pandas is slow to import
+
+        address = await self.host_address(self.ready.progress_gpa)
+        with ProgressSampler(self.pid, address, threads=self.ready.threads) as sampler:
+            yield sampler
+
+    # Snapshots
+
+    async def snapshot(
+        self,
+        path: str | Path,
+        method: str = "live",
+        *,
+        fault_log: bool = True,
+        progress: bool = True,
+        before_s: float = 1.0,
+        after_s: float = 1.0,
+    ) -> "Snapshot":
+        """Take a snapshot into the file `path`; the guest runs on afterwards.
+
+        `path` appears, with a sidecar `path.json` beside it, when the snapshot is complete and
+        not before; an older snapshot of the same name is replaced.  Both are private (0600),
+        because they hold guest memory.  Cancelling takes the snapshot back.
+
+        :param method: one of `lab.METHODS`.
+        :param fault_log: log every write fault, where QEMU can (the patched one, live methods).
+        :param progress: sample the guest's progress, from `before_s` before the request to
+            `after_s` after the end.
+        :raise UsageError: when the method does not exist or needs the other QEMU.
+        :raise SnapshotError: when one is running already or it can not be completed.
+        :raise HostError: when this host does not permit the method.
+        """
+        from lab.snapshot import take
+
+        return await take(
+            self,
+            path,
+            method,
+            fault_log=fault_log,
+            progress=progress,
+            before_s=before_s,
+            after_s=after_s,
+        )
+
+    @contextlib.contextmanager
+    def busy_with(self, what: str) -> Iterator[None]:
+        """Hold the one outgoing migration that QEMU can do at a time."""
+        if self._busy_with is not None:
+            raise SnapshotError(
+                f"{self._busy_with} is still running", "await it before you start another"
+            )
+        self._busy_with = what
+        try:
+            yield
+        finally:
+            self._busy_with = None
+
+    # Life
+
+    async def _find_machine_type(self) -> None:
+        for machine in await self.execute("query-machines"):
+            if machine.get("alias") == "pc":
+                self.machine_type = str(machine["name"])
+                return
+        raise QmpError("this QEMU has no machine type pc", "build it with `lab build`")
+
+    async def _wait_ready(self, timeout_s: float) -> None:
+        record = await self.watched(
+            self.console.wait_record(_is_verdict, timeout_s=timeout_s), "the guest booted"
+        )
+        if record.kind == "error":
+            raise guest_refusal(record)
+        self._ready = ReadyRecord.from_record(record)
+
+    async def _quit(self) -> None:
+        if self.process.exit_code is None and not self.qmp.is_lost:
+            with contextlib.suppress(QmpError):
+                await self.qmp.execute("quit", timeout_s=QUIT_GRACE_S)
+            await self.process.wait(QUIT_GRACE_S)
+
+
+def _is_verdict(record: Record) -> bool:
+    return record.kind in ("ready", "error")
+
+
+def guest_refusal(record: Record) -> GuestError:
+    """Return the error for a guest that says it can not run the workload."""
+    details = " ".join(f"{key}={value}" for key, value in record.fields.items())
+    return GuestError(f"the guest refused the workload: {details}", "change the workload or RAM")
+
+
+_RAM_BLOCK = re.compile(
+    r"^\s*(?P<name>\S.*?)\s+(?P<page>\d+) (?P<unit>[KMG]iB)"
+    r"\s+0x[0-9a-f]+\s+0x(?P<used>[0-9a-f]+)\s+0x(?P<total>[0-9a-f]+)"
+    r"\s+0x(?P<host>[0-9a-f]+)\s+(?P<access>ro|rw)\s*$"
+)
+_UNIT_BYTES = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def parse_ram_blocks(text: str) -> list[RamBlock]:
+    """Read the table that HMP's `info ramblock` prints.
+
+    :raise QmpError: when a line after the heading is no RAM block.
+    """
+    blocks = []
+    for line in text.replace("\r", "").splitlines()[1:]:
+        if not line.strip():
+            continue
+        match = _RAM_BLOCK.match(line)
+        if match is None:
+            raise QmpError(f"not a RAM block: {line.strip()!r}")
+        blocks.append(
+            RamBlock(
+                name=match["name"],
+                host_address=int(match["host"], 16),
+                used_bytes=int(match["used"], 16),
+                total_bytes=int(match["total"], 16),
+                page_bytes=int(match["page"]) * _UNIT_BYTES[match["unit"]],
+                read_only=match["access"] == "ro",
+            )
+        )
+    return blocks
+
+
+async def _heartbeat() -> None:
+    while True:  # noqa: ASYNC110 - nothing is awaited here; the wake-ups themselves are the purpose
+        await asyncio.sleep(HEARTBEAT_S)
+
+
+@contextlib.asynccontextmanager
+async def _launched(
+    binary: QemuBinary,
+    machine: Machine,
+    workload: Workload,
+    *,
+    machine_type: str = "pc",
+    incoming: bool = False,
+    paused: bool = False,
+) -> AsyncIterator[VM]:
+    """Start a QEMU and connect to it.
+
+    :raise LaunchError: when it dies first.
+    """
+    guest = find_guest()
+    await asyncio.to_thread(check_host, machine)
+    name = f"{NAME_PREFIX}{uuid.uuid4()}"
+    qmp_socket, qmp_child = socket.socketpair()
+    serial_socket, serial_child = socket.socketpair()
+    command = qemu_command(
+        binary.path,
+        machine,
+        workload,
+        guest,
+        Channels(qmp=qmp_child.fileno(), serial=serial_child.fileno()),
+        name=name,
+        machine_type=machine_type,
+        incoming=incoming,
+        paused=paused,
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        for sock in (qmp_socket, serial_socket):
+            stack.callback(sock.close)
+        process = await stack.enter_async_context(
+            running(command, pass_sockets=(qmp_child, serial_child), thp=machine.thp)
+        )
+        heart = asyncio.create_task(_heartbeat(), name="heartbeat")
+        stack.callback(heart.cancel)
+        console = await stack.enter_async_context(attached(serial_socket))
+        try:
+            qmp = await stack.enter_async_context(connected(qmp_socket))
+        except QmpError as error:
+            await process.wait(QUIT_GRACE_S)
+            raise process.died("starting") from error
+        vm = VM(
+            process=process,
+            qmp=qmp,
+            console=console,
+            machine=machine,
+            workload=workload,
+            binary=binary,
+            guest=guest,
+            name=name,
+        )
+        stack.push_async_callback(vm._quit)
+        yield vm
+
+
+@contextlib.asynccontextmanager
+async def boot(
+    machine: Machine,
+    workload: Workload,
+    *,
+    binary: Variant = "patched",
+    timeout_s: float = BOOT_TIMEOUT_S,
+) -> AsyncIterator[VM]:
+    """Boot a guest; inside the context its workload runs, after it QEMU is gone.
+
+    :param binary: which QEMU; `live-*` methods need the patched one, `background` the other.
+    :param timeout_s: how long the guest may take until its writers run.
+    :raise UsageError: when machine and workload do not fit.
+    :raise HostError: when the host lacks memory, a build or an accelerator.
+    :raise LaunchError: when QEMU does not start or dies; carries command and log.
+    :raise GuestError: when the guest refuses the workload or says nothing in time.
+    """
+    check_fit(machine, workload)
+    async with _launched(find_qemu(binary), machine, workload) as vm:
+        await vm._find_machine_type()
+        await vm._wait_ready(timeout_s)
+        yield vm
+
+
+@contextlib.asynccontextmanager
+async def restore(
+    path: str | Path, *, paused: bool = False, binary: Variant | None = None
+) -> AsyncIterator[VM]:
+    """Restore the guest from the snapshot `path`; it runs unless `paused`.
+
+    The machine is built as the sidecar describes it.  That the image holds the guest that the
+    sidecar names is checked in the restored memory before the guest runs.
+
+    :param binary: which QEMU; None is the kind that took the snapshot.
+    :raise RestoreError: when the image or its sidecar is missing, cut short, of another machine
+        type or another format, or does not restore.
+    :raise HostError: when the host lacks memory, a build or an accelerator.
+    """
+    image = Path(path).absolute()
+    sidecar = read_sidecar(image)
+    qemu = find_qemu(binary or sidecar.binary.variant)
+    try:
+        launched = _launched(
+            qemu,
+            sidecar.machine,
+            sidecar.workload,
+            machine_type=sidecar.machine_type,
+            incoming=True,
+            paused=True,
+        )
+        vm = await launched.__aenter__()
+    except LaunchError as error:
+        raise RestoreError(
+            f"no QEMU for {image.name}: {error.cause}",
+            "restore with the QEMU version that took the snapshot",
+        ) from error
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_exit(launched)
+        vm.machine_type = sidecar.machine_type
+        await _load(vm, image, sidecar)
+        vm._ready = sidecar.ready
+        await _check_identity(vm, image)
+        if not paused:
+            await vm.cont()
+        yield vm
+
+
+def _has_loaded(event: Event) -> bool:
+    return event.name == "MIGRATION" and event.data.get("status") in ("completed", "failed")
+
+
+async def _load(vm: VM, image: Path, sidecar: Sidecar) -> None:
+    since = len(vm.qmp.events)
+    timeout_s = COMMAND_TIMEOUT_S + sidecar.image_bytes / RESTORE_BYTES_PER_S
+    mapped = MAPPED_RAM in method(sidecar.method).capabilities
+    needed = {"events": True, MAPPED_RAM: mapped}
+    try:
+        await vm.execute(
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": name, "state": on} for name, on in needed.items()]},
+        )
+        await vm.execute(
+            "migrate-incoming",
+            {"channels": file_channel(image), "exit-on-error": False},
+        )
+        event = await vm.watched(
+            vm.qmp.wait_event(_has_loaded, since=since, timeout_s=timeout_s), "loading the image"
+        )
+        if event.data["status"] == "completed":
+            return
+        why = (await vm.execute("query-migrate")).get("error-desc", "QEMU gives no reason")
+    except LaunchError as error:
+        why = error.cause
+    except QmpError as error:
+        why = error.cause
+    raise RestoreError(
+        f"{image.name} can not be restored: {why}", "take the snapshot again"
+    ) from None
+
+
+async def _check_identity(vm: VM, image: Path) -> None:
+    try:
+        found = await vm.progress_page()
+    except GuestError as error:
+        raise RestoreError(
+            f"{image.name} restored, but the guest's memory is not in it: {error.cause}",
+            "take the snapshot again",
+        ) from error
+    if found.nonce != vm.ready.nonce:
+        raise RestoreError(
+            f"{image.name} holds boot {found.nonce:016x}, its sidecar names {vm.ready.nonce:016x}",
+            "keep image and sidecar together",
+        )
+
+
+def file_channel(path: Path) -> list[dict[str, object]]:
+    """Return the QMP form of a migration to or from a file.
+
+    Not the `file:` URI, which would read a comma in the path as the start of an option.
+    """
+    address = {"transport": "file", "filename": str(path), "offset": 0}
+    return [{"channel-type": "main", "addr": address}]

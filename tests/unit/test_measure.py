@@ -1,0 +1,272 @@
+"""Campaigns: order, marking, resuming and failing, with a sampler that boots nothing."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lab import run, sample
+from lab.cli.measure import run_campaign
+from lab.errors import HostError, RunError, SnapshotError, UsageError
+from lab.measure import Ground, Plan, describe, measure, open_set, plan_of, slots, summarise
+from lab.sample import Sample
+from lab.scenario import Machine, Scenario, Workload
+from lab.tables import METRICS, SUMMARY_FIELDS
+
+GROUND = Ground(
+    host={"cpu_model": "made up"},
+    binaries={
+        "patched": {"version": "0", "build_id": "p"},
+        "unpatched": {"version": "0", "build_id": "u"},
+        "guest": {"kernel_version": "0"},
+    },
+)
+PLAN = Plan(methods=("live-rfc", "background", "stop-and-copy"), repeats=4, seed=7)
+
+
+class FakeSampler:
+    """Gives a sample a call, or raises what was put in `script` for that call."""
+
+    def __init__(self, script: dict[int, BaseException | Sample] | None = None) -> None:
+        self.script = script or {}
+        self.seen: list[str] = []
+
+    async def __call__(self, scenario: Scenario, image: Path, **_options: Any) -> Sample:
+        outcome = self.script.get(len(self.seen))
+        self.seen.append(scenario.method)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        if outcome is not None:
+            return outcome
+        return Sample(outcome="ok", figures={"pause_ms": 1.0 + len(self.seen)})
+
+
+async def campaign(out: Path, sampler: FakeSampler, plan: Plan = PLAN) -> run.RunSet:
+    return await measure(plan, out, image_dir=out.parent, ground=GROUND, sampler=sampler)
+
+
+def test_every_round_holds_every_method_once() -> None:
+    planned = slots(PLAN)
+    assert [slot.order for slot in planned] == list(range(12))
+    for round_ in range(4):
+        assert {s.method for s in planned if s.round == round_} == set(PLAN.methods)
+
+
+def test_the_order_changes_between_rounds_and_is_fixed_by_the_seed() -> None:
+    plan = Plan(methods=PLAN.methods, repeats=10, seed=3)
+    assert slots(plan) == slots(plan)
+    orders = {tuple(s.method for s in slots(plan) if s.round == r) for r in range(10)}
+    assert len(orders) > 1
+    other = Plan(methods=PLAN.methods, repeats=10, seed=4)
+    assert [s.method for s in slots(plan)] != [s.method for s in slots(other)]
+
+
+def test_warm_up_rounds_come_first_and_are_marked() -> None:
+    planned = slots(Plan(methods=("background",), repeats=2, warmups=1))
+    assert [(s.round, s.warmup) for s in planned] == [(-1, True), (0, False), (1, False)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ()}, "no method"),
+        ({"methods": ("background", "background")}, "named twice"),
+        ({"repeats": 0}, "fewer than one"),
+        ({"methods": ("teleport",)}, "unknown method"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Plan(**({"methods": ("background",)} | changes))
+
+
+async def test_a_campaign_measures_in_the_planned_order_and_seals_the_set(tmp_path: Path) -> None:
+    sampler = FakeSampler()
+    done = await campaign(tmp_path / "set", sampler)
+    assert sampler.seen == [slot.method for slot in slots(PLAN)]
+    assert [r.record.method for r in done] == sampler.seen
+    assert run.load_set(tmp_path / "set").complete
+    assert done.runs[0].record.binaries["qemu"]["build_id"] in "pu"
+
+
+async def test_a_failed_run_is_recorded_without_figures_and_the_campaign_goes_on(
+    tmp_path: Path,
+) -> None:
+    sampler = FakeSampler({1: SnapshotError(f"disk full: {tmp_path}/x.snap", "free some")})
+    done = await campaign(tmp_path / "set", sampler)
+    failed = done.runs[1]
+    assert len(done) == 12
+    assert failed.record.outcome == "failed"
+    # Published with the set: says what, not where on this machine.
+    assert failed.record.reason == "disk full: x.snap; free some"
+    assert failed.summary["reason"] == failed.record.reason
+    assert all(failed.summary[metric] is None for metric in METRICS)
+    assert failed not in done.measured()
+
+
+async def test_figures_of_a_run_that_failed_late_are_not_kept(tmp_path: Path) -> None:
+    late = Sample(
+        outcome="failed", reason="RAM differs", figures={"pause_ms": 2.0, "verified": False}
+    )
+    done = await campaign(tmp_path / "set", FakeSampler({0: late}))
+    assert done.runs[0].summary["pause_ms"] is None
+    assert done.runs[0].summary["verified"] is False
+
+
+async def test_what_will_fail_again_ends_the_campaign_and_leaves_it_resumable(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(HostError):
+        await campaign(tmp_path / "set", FakeSampler({2: HostError("no userfaultfd")}))
+    left = run.load_set(tmp_path / "set")
+    assert len(left) == 2
+    assert not left.complete
+
+
+async def test_an_interrupted_campaign_is_continued_where_it_stopped(tmp_path: Path) -> None:
+    with pytest.raises(asyncio.CancelledError):
+        await campaign(tmp_path / "set", FakeSampler({5: asyncio.CancelledError()}))
+    first = [r.record.id for r in run.load_set(tmp_path / "set")]
+    rest = FakeSampler()
+    done = await campaign(tmp_path / "set", rest)
+    assert len(first) == 5
+    assert rest.seen == [slot.method for slot in slots(PLAN)][5:]
+    assert [r.record.id for r in done][:5] == first
+    assert done.complete
+
+
+async def test_a_set_is_not_continued_with_another_plan_or_other_builds(tmp_path: Path) -> None:
+    open_set(tmp_path / "set", PLAN, GROUND)
+    other = Plan(methods=PLAN.methods, repeats=5, seed=7)
+    with pytest.raises(RunError, match=r"another plan \(order, repeats differ\)"):
+        open_set(tmp_path / "set", other, GROUND)
+    rebuilt = Ground(host=GROUND.host, binaries={"patched": {"build_id": "q"}})
+    with pytest.raises(RunError, match="other builds"):
+        open_set(tmp_path / "set", PLAN, rebuilt)
+
+
+async def test_a_complete_set_is_not_measured_again(tmp_path: Path) -> None:
+    await campaign(tmp_path / "set", FakeSampler())
+    with pytest.raises(RunError, match="complete"):
+        await campaign(tmp_path / "set", FakeSampler())
+
+
+async def test_the_plan_of_a_set_can_be_measured_again(tmp_path: Path) -> None:
+    assert plan_of(await campaign(tmp_path / "set", FakeSampler())) == PLAN
+
+
+def test_progress_counts_what_is_there_and_estimates_what_is_left(tmp_path: Path) -> None:
+    seen: list[tuple[int, int, float]] = []
+    asyncio.run(
+        measure(
+            PLAN,
+            tmp_path / "set",
+            image_dir=tmp_path,
+            ground=GROUND,
+            sampler=FakeSampler(),
+            on_start=lambda p: seen.append((p.done, p.total, p.remaining_s)),
+        )
+    )
+    assert [done for done, _, _ in seen] == list(range(12))
+    assert {total for _, total, _ in seen} == {12}
+    assert all(left >= 0 for _, _, left in seen)
+
+
+def test_the_summary_line_has_every_field_and_null_for_what_does_not_apply() -> None:
+    scenario = Scenario(method="stop-and-copy", workload=Workload("idle"))
+    line = summarise(scenario, Sample(outcome="ok", figures={"pause_ms": np.float64(3.5)}))
+    assert list(line) == list(SUMMARY_FIELDS)
+    assert line["pause_ms"] == 3.5
+    assert line["engine"] is None
+    assert line["wss_mib"] is None
+    assert line["verified"] is None
+
+
+def test_a_dry_run_says_how_many_runs_and_in_which_order() -> None:
+    head, *lines = describe(PLAN)
+    assert head.startswith("12 runs: 4 x 3 methods")
+    assert [line.split()[-1] for line in lines] == [slot.method for slot in slots(PLAN)]
+
+
+def ramp(*rates: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Progress with each rate held for 250 ms, a sample a millisecond."""
+    steps = np.repeat(rates, 250)
+    t = np.arange(len(steps) + 1) * 1_000_000 + 10**15
+    return t, np.concatenate([[0], np.cumsum(steps)])
+
+
+def test_settled_is_an_even_rate_and_not_a_stopped_guest() -> None:
+    assert sample.is_settled(*ramp(1000, 1000, 1000))
+    assert not sample.is_settled(*ramp(500, 800, 1000))
+    assert not sample.is_settled(*ramp(0, 0, 0))
+    assert not sample.is_settled(*ramp(1000))
+    assert sample.is_settled(*ramp(10, 500, 1000, 1000, 990))
+
+
+def test_a_sampler_that_slept_is_told_of() -> None:
+    t = np.concatenate([np.arange(100), np.arange(130, 200)]) * 1_000_000
+    df = pd.DataFrame({"t_ns": t, "ops": np.arange(len(t)), "read_ns": 0})
+    warnings = sample.sampler_warnings(df, 0, 200_000_000)
+    assert warnings == ["the progress sampler slept 1 times over 10 ms, 31 ms at most"]
+    assert sample.sampler_warnings(df, 0, 90_000_000) == []
+
+
+def test_too_little_room_for_an_image_is_refused_before_anything_boots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 100 << 20
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage)
+    with pytest.raises(HostError, match=r"an image needs \d+ MiB in .* and 100 MiB are free"):
+        sample.check_room(tmp_path, Machine().ram_mib)
+
+
+def test_the_file_system_of_a_folder_has_a_name(tmp_path: Path) -> None:
+    assert sample.filesystem_of(tmp_path)
+    assert sample.filesystem_of(Path("/proc/self")) == "proc"
+
+
+async def test_touching_host_memory_leaves_nothing_allocated() -> None:
+    await sample.touch_host_memory(8)
+
+
+Make = Callable[..., run.RunSet]
+
+
+async def test_garbage_collection_is_off_inside_and_as_before_outside() -> None:
+    import gc
+
+    before = gc.isenabled()
+    with sample.no_garbage_collection():
+        assert not gc.isenabled()
+    assert gc.isenabled() == before
+
+
+@pytest.mark.parametrize("keep_images", [False, True])
+async def test_images_are_in_the_cache_and_go_unless_they_are_to_be_kept(
+    keep_images: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
+    used: list[Path] = []
+
+    async def fake_measure(
+        plan: Plan, out: Path, *, image_dir: Path, **_rest: object
+    ) -> run.RunSet:
+        used.append(image_dir)
+        image_dir.joinpath("left.snap").touch()
+        assert image_dir.stat().st_mode & 0o077 == 0
+        return run.create_set(out, plan={}, host={}, binaries={}, lab={})
+
+    monkeypatch.setattr("lab.measure.measure", fake_measure)
+    monkeypatch.setattr("lab.measure.survey", lambda plan: GROUND)
+    await run_campaign(PLAN, tmp_path / "set", keep_images=keep_images)
+    (folder,) = used
+    assert folder.parent == tmp_path / "cache"
+    assert folder.exists() == keep_images
+    with pytest.raises(HostError, match="no folder"):
+        await run_campaign(PLAN, tmp_path / "set", image_dir=tmp_path / "missing")

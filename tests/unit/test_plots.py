@@ -1,0 +1,163 @@
+"""Figures draw what they are given.  What is checked is the data on the axes, never pixels."""
+
+from collections.abc import Callable, Iterator
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+
+import lab
+from lab import plots, run, tables
+from lab.errors import UsageError
+from lab.scenario import METHODS
+
+MakeSet = Callable[..., run.RunSet]
+
+
+@pytest.fixture(autouse=True)
+def _no_window() -> Iterator[None]:
+    with mpl.rc_context():
+        mpl.use("agg")
+        yield
+    plt.close("all")
+
+
+def test_methods_have_colours_and_markers_of_their_own() -> None:
+    assert len({(plots.colour(m), plots.marker(m)) for m in METHODS}) == len(METHODS)
+    assert plots.colour("of-another-lab") == plots.colour("of-another-lab")
+
+
+def test_fault_latency_is_one_line_a_boot_that_ends_at_all_of_its_faults(
+    make_synthetic_set: MakeSet,
+) -> None:
+    made = make_synthetic_set(repeats=3)
+    ax = plots.plot_fault_latency(tables.df_faults_by_method(made.measured()))
+    lines = ax.get_lines()
+    assert len(lines) == 3
+    assert ax.get_xscale() == "log"
+    faults = made.measured("live-rfc")[0].df_faults()
+    assert len(np.asarray(lines[0].get_xdata())) == len(tables.fault_latency_ns(faults))
+    assert np.asarray(lines[0].get_ydata())[-1] == 1
+
+
+def test_fault_figures_take_one_run_s_table_as_it_is(make_synthetic_set: MakeSet) -> None:
+    faults = make_synthetic_set().measured("live-rfc")[0].df_faults()
+    assert len(plots.plot_fault_latency(faults).get_lines()) == 1
+    ax = plots.plot_fault_histogram(faults)
+    drawn = sum(patch.get_height() for patch in ax.patches if hasattr(patch, "get_height"))
+    assert drawn == len(tables.fault_latency_ns(faults))
+    p50 = tables.fault_summary(faults)["fault_p50_us"]
+    assert np.asarray(ax.get_lines()[0].get_xdata())[0] == p50
+
+
+def test_figures_of_one_snapshot_need_no_preparation(make_synthetic_set: MakeSet) -> None:
+    one = make_synthetic_set().measured("live-rfc")[0]
+    assert lab.plot_fault_latency(one.df_faults()).get_legend_handles_labels()[1] == ["live-rfc"]
+    alone, together = one.df_faults(), tables.df_faults_by_method([one])
+    axes = [lab.plot_faults_over_time(alone), lab.plot_faults_over_time(together)]
+    for a, b in zip(*(ax.get_lines() for ax in axes), strict=True):
+        assert a.get_label() == b.get_label()
+        np.testing.assert_allclose(np.asarray(a.get_xydata()), np.asarray(b.get_xydata()))
+    assert {ax.get_xlabel() for ax in axes} == {"since the request, ms"}
+    assert "first fault" in lab.plot_faults_over_time(one.df("faults")).get_xlabel()
+    pause = lab.plot_phases(one.df_phases())
+    widths = [patch.get_width() for patch in pause.patches if hasattr(patch, "get_width")]
+    assert sum(widths) == pytest.approx(2.0, abs=0.01)
+    assert [text.get_text() for text in pause.get_yticklabels()] == ["live-rfc"]
+
+
+def test_no_faults_make_an_empty_figure_not_an_error() -> None:
+    empty = tables.df_faults_by_method([])
+    assert plots.plot_fault_latency(empty).get_lines() == []
+    assert list(plots.plot_fault_histogram(empty).patches) == []
+    assert plots.plot_faults_over_time(empty).get_lines() == []
+
+
+def test_slowdown_marks_the_pause_and_names_each_run() -> None:
+    rate = pd.DataFrame({"ms": [-5.0, 0.0, 5.0], "share": [1.0, 0.5, 1.0]})
+    ax = plots.plot_rates({"live-rfc": rate, "other": rate}, pauses_ms={"live-rfc": (0.5, 2.5)})
+    assert ax.get_legend_handles_labels()[1] == ["live-rfc", "other"]
+    assert [0.5, 2.5] in [list(np.asarray(line.get_xdata())) for line in ax.get_lines()]
+    assert list(np.asarray(ax.get_lines()[0].get_ydata())) == [100.0, 50.0, 100.0]
+
+
+def test_slowdown_is_drawn_from_progress_tables_alone(make_synthetic_set: MakeSet) -> None:
+    made = make_synthetic_set(repeats=2)
+    first, second = made.measured("live-rfc")
+    other = made.measured("migrate-to-file")[0]
+    ax = lab.plot_slowdown(first.df_progress(), second.df_progress(), other.df_progress())
+    labels = ["live-rfc", "live-rfc (2)", "migrate-to-file"]
+    assert ax.get_legend_handles_labels()[1] == labels
+    drawn = {line.get_label(): line for line in ax.get_lines()}
+    assert drawn["live-rfc"].get_color() == drawn["live-rfc (2)"].get_color()
+    ms = np.asarray(drawn["live-rfc"].get_xdata())
+    percent = np.asarray(drawn["live-rfc"].get_ydata())
+    assert percent[ms < 0].mean() == pytest.approx(100, rel=0.01)
+    assert percent[(ms > 50) & (ms < 700)].mean() == pytest.approx(30, rel=0.02)
+    # The bar of the pause: from the stop to the resume, in ms since the request.
+    bars = [list(np.asarray(line.get_xdata())) for line in ax.get_lines()]
+    assert [1.0, 181.0] in bars
+
+
+def test_slowdown_refuses_tables_that_can_not_tell(make_synthetic_set: MakeSet) -> None:
+    one = make_synthetic_set().runs[0]
+    with pytest.raises(UsageError, match="which snapshot"):
+        lab.plot_slowdown(one.df("progress"))
+    progress = one.df_progress()
+    late = progress[progress["t_ns"] >= progress.attrs["request_ns"]]
+    with pytest.raises(UsageError, match="too short"):
+        lab.plot_slowdown(late)
+
+
+def test_phases_of_the_pause_add_up_and_leave_out_what_the_guest_runs_through(
+    make_synthetic_set: MakeSet,
+) -> None:
+    made = make_synthetic_set(repeats=1)
+    phases = tables.df_phases_by_method(made.measured())
+    ax = plots.plot_phases(phases)
+    assert ax.get_legend_handles_labels()[1] == ["stop", "device-state", "arm", "resume"]
+    width = sum(patch.get_width() for patch in ax.patches if hasattr(patch, "get_width"))
+    assert width == pytest.approx(2.0, abs=0.01)
+
+
+def test_cost_shows_every_boot_and_no_warm_up(make_synthetic_set: MakeSet) -> None:
+    made = make_synthetic_set(repeats=3)
+    frame = tables.df_runs(made)
+    frame.loc[0, "warmup"] = True
+    axes = plots.plot_cost(frame)
+    assert [t.get_text() for t in axes[0].get_yticklabels()] == [
+        "live-rfc",
+        "background",
+        "migrate-to-file",
+    ]
+    points = [len(np.asarray(line.get_xdata())) for line in axes[0].get_lines()[::2]]
+    assert points == [2, 3, 3]
+
+
+def test_lost_work_below_zero_is_shown_and_not_dropped(make_synthetic_set: MakeSet) -> None:
+    frame = tables.df_runs(make_synthetic_set(methods=("live-rfc",), repeats=3))
+    frame.loc[1, "lost_work_ms"] = -3.0
+    lost = plots.plot_cost(frame)[2]
+    hollow = [line for line in lost.get_lines() if line.get_fillstyle() == "none"]
+    assert len(hollow) == 1
+
+
+def test_the_stamp_says_boots_accelerator_host_and_build(make_synthetic_set: MakeSet) -> None:
+    made = make_synthetic_set(repeats=3)
+    text = plots.stamp_text(made)
+    for part in ("n=3 boots", "tcg", "128 MiB RAM", "made up", "0.0.0 (synthetic)", made.name):
+        assert part in text
+    ax = plots.stamp(plots.plot_cost(tables.df_runs(made))[0], text)
+    figure = ax.get_figure()
+    assert figure is not None
+    assert "tcg" in figure.get_supxlabel()
+
+
+def test_the_style_does_not_leak_into_the_process_unless_asked_for() -> None:
+    before = mpl.rcParams["axes.titlelocation"]
+    plots.plot_fault_latency(tables.df_faults_by_method([]))
+    assert mpl.rcParams["axes.titlelocation"] == before
+    plots.use_style()
+    assert mpl.rcParams["axes.titlelocation"] == "left"

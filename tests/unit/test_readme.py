@@ -1,0 +1,43 @@
+"""What the README says is there, is there, and its numbers are those of the recorded data."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lab.notebooks import with_tables
+from lab.scenario import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_its_tables_are_made_from_the_recorded_data() -> None:
+    assert "<!-- table of data/first-light -->" in README
+    assert with_tables(README, ROOT) == README
+
+
+@pytest.mark.parametrize("folder", [".", "data", "lab/guest", "lab/qemu", "notebooks"])
+def test_links_lead_somewhere(folder: str) -> None:
+    path = ROOT / folder / "README.md"
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_every_make_target_it_names_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_command_it_names_exists() -> None:
+    named = set(re.findall(r"\blab ([a-z]+)\b(?= [\-|]| data|`)", README))
+    known = {path.stem for path in (ROOT / "lab" / "cli").glob("[a-z]*.py")}
+    assert {"measure", "compare", "report", "doctor"} <= named
+    assert named <= known
+
+
+def test_it_explains_every_method() -> None:
+    for name in METHODS:
+        assert f"| `{name}` |" in README

@@ -1,0 +1,137 @@
+"""One definition of every parameter gives flags, JSON and table columns."""
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab.errors import UsageError
+from lab.scenario import (
+    METHODS,
+    MIN_RAM_MIB,
+    Machine,
+    Scenario,
+    Workload,
+    add_arguments,
+    dimensions,
+    from_arguments,
+    from_json,
+    method,
+    to_json,
+)
+
+machines = st.builds(
+    Machine,
+    ram_mib=st.integers(MIN_RAM_MIB, 65536),
+    vcpus=st.integers(1, 8),
+    accel=st.sampled_from(["tcg", "kvm"]),
+    thp=st.none() | st.booleans(),
+    extra_args=st.lists(st.text(max_size=8), max_size=3).map(tuple),
+)
+workloads = st.builds(
+    Workload,
+    kind=st.sampled_from(["idle", "sequential", "random"]),
+    wss_mib=st.integers(1, 16),
+    threads=st.integers(1, 8),
+    seed=st.integers(0, 2**63 - 1),
+)
+scenarios = st.builds(
+    Scenario, machine=machines, workload=workloads, method=st.sampled_from(sorted(METHODS))
+)
+
+
+def _untyped(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Let a test pass what a type checker would refuse."""
+    return arguments
+
+
+@given(scenarios)
+def test_a_scenario_survives_json(scenario: Scenario) -> None:
+    assert from_json(Scenario, json.loads(json.dumps(to_json(scenario)))) == scenario
+
+
+@given(machines, workloads)
+def test_flags_default_to_the_fields_and_set_every_field(
+    machine: Machine, workload: Workload
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, Machine)
+    add_arguments(parser, Workload)
+    assert from_arguments(Machine, parser.parse_args([])) == Machine()
+    assert from_arguments(Workload, parser.parse_args([])) == Workload()
+    argv = [f"--ram-mib={machine.ram_mib}", f"--vcpus={machine.vcpus}", f"--accel={machine.accel}"]
+    argv += [f"--ram-kind={machine.ram_kind}", *(f"--extra-arg={a}" for a in machine.extra_args)]
+    argv += {None: [], True: ["--thp"], False: ["--no-thp"]}[machine.thp]
+    argv += [f"--workload={workload.kind}", f"--wss-mib={workload.wss_mib}"]
+    argv += [f"--threads={workload.threads}", f"--seed={workload.seed}"]
+    namespace = parser.parse_args(argv)
+    assert from_arguments(Machine, namespace) == machine
+    assert from_arguments(Workload, namespace) == workload
+
+
+def test_dimensions_name_every_parameter_once() -> None:
+    columns = dimensions(Scenario(method="live-rfc"))
+    parameters = [f.name for f in dataclasses.fields(Machine)]
+    parameters += [f.name for f in dataclasses.fields(Workload)]
+    assert set(columns) == {
+        *(name for name in parameters if name != "kind"),
+        *("workload", "method", "engine", "variant"),
+    }
+    assert columns["workload"] == "random"
+    assert columns["engine"] == "rfc"
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        ({"ram_mib": "1024"}, "ram_mib"),
+        ({"ram_mib": 1}, "ram_mib is 1"),
+        ({"colour": "red"}, "colour"),
+        ([], "machine"),
+    ],
+)
+def test_json_that_is_no_machine_is_refused_in_one_line(data: object, what: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        from_json(Machine, data)
+    assert what in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_deep_inside_is_refused() -> None:
+    data = to_json(Scenario())
+    data["machine"]["colour"] = "red"
+    with pytest.raises(UsageError, match=r"colour at \$\.machine"):
+        from_json(Scenario, data)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Machine(vcpus=0),
+        lambda: Machine(vcpus=True),
+        lambda: Machine(**_untyped({"accel": "xen"})),
+        lambda: Machine(**_untyped({"extra_args": ["-S"]})),
+        lambda: Workload(**_untyped({"kind": "busy"})),
+        lambda: Workload(threads=0),
+        lambda: Scenario(method="magic"),
+        lambda: Scenario(machine=Machine(ram_mib=256), workload=Workload(wss_mib=256)),
+        lambda: method("magic"),
+    ],
+)
+def test_values_that_can_not_work_are_usage_errors_with_a_remedy(build: object) -> None:
+    assert callable(build)
+    with pytest.raises(UsageError) as caught:
+        build()
+    assert caught.value.remedy
+
+
+def test_methods_say_which_binary_can_do_them() -> None:
+    assert METHODS["live-rfc"].runs_on("patched")
+    assert not METHODS["live-rfc"].runs_on("unpatched")
+    assert not METHODS["background"].runs_on("patched")
+    assert METHODS["stop-and-copy"].runs_on("patched")
+    assert METHODS["stop-and-copy"].runs_on("unpatched")

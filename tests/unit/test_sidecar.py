@@ -1,0 +1,108 @@
+"""An image is restored as its sidecar says, or refused in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.errors import RestoreError
+from lab.guest.protocol import ReadyRecord
+from lab.qemu.build import QemuBinary
+from lab.scenario import Machine, Workload
+from lab.sidecar import Sidecar, read_sidecar, sidecar_path
+
+SIDECAR = Sidecar(
+    method="live-rfc",
+    engine="rfc",
+    machine=Machine(ram_mib=512, vcpus=2, extra_args=("-device", "virtio-rng-pci")),
+    workload=Workload("sequential", wss_mib=64, threads=2, seed=2**63 - 1),
+    machine_type="pc-i440fx-10.0",
+    image_bytes=5,
+    created_utc="2026-01-01T00:00:00+00:00",
+    ready=ReadyRecord(
+        nonce=2**64 - 1, progress_gpa=4096, wss_pages=16384, threads=2, seed=1, kind="sequential"
+    ),
+    binary=QemuBinary(
+        path=Path("/qemu"),
+        variant="patched",
+        version="10.0.2",
+        build_id="x",
+        series_sha256=None,
+        sha256="0" * 64,
+    ),
+    kernel_sha256="0" * 64,
+)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "a.snap"
+    path.write_bytes(b"image")
+    sidecar_path(path).write_text(SIDECAR.to_text())
+    return path
+
+
+def rewrite(image: Path, **changes: Any) -> None:
+    path = sidecar_path(image)
+    data = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in data.items() if v is not ...}))
+
+
+def test_a_sidecar_survives_its_file(image: Path) -> None:
+    assert read_sidecar(image) == SIDECAR
+
+
+def refused(image: Path) -> str:
+    with pytest.raises(RestoreError) as caught:
+        read_sidecar(image)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_a_missing_image_is_named(tmp_path: Path) -> None:
+    assert "there is no image" in refused(tmp_path / "b.snap")
+
+
+def test_an_image_without_sidecar_is_not_complete(image: Path) -> None:
+    sidecar_path(image).unlink()
+    assert "no sidecar" in refused(image)
+
+
+def test_a_truncated_image_is_refused_with_both_sizes(image: Path) -> None:
+    image.write_bytes(b"imag")
+    line = refused(image)
+    assert "4 bytes" in line
+    assert "had 5" in line
+
+
+def test_another_format_is_refused(image: Path) -> None:
+    rewrite(image, format="lab.snapshot/2")
+    assert "lab.snapshot/2" in refused(image)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_bytes": "5"},
+        {"image_bytes": ...},
+        {"surprise": 1},
+        {"machine": {"ram_mib": 1}},
+        {"machine": {"colour": "red"}},
+        {"machine": 3},
+        {"ready": None},
+        {"ready": {"nonce": "xyz"}},
+        {"binary": {"path": 3}},
+        {"format": ...},
+    ],
+)
+def test_what_is_no_sidecar_is_refused(image: Path, changes: dict[str, Any]) -> None:
+    rewrite(image, **changes)
+    assert refused(image)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "{", "\0"])
+def test_what_is_no_json_object_is_refused(image: Path, content: str) -> None:
+    sidecar_path(image).write_text(content)
+    assert "is not a sidecar" in refused(image)
