@@ -30,6 +30,10 @@ KILL_GRACE_S = 30.0
 
 LOG_TAIL_LINES = 12
 
+# A parent that dies before the child has asked for the parent-death signal is not noticed by it: the
+# child would have another parent by then, and live for ever.  So the child looks once it has asked.
+_SAME_PARENT = '[ "$PPID" = "$1" ] || exit 1; shift; exec "$@"'
+
 # Transparent huge pages can be forbidden to a process only by itself, and its children inherit it:
 # PR_SET_THP_DISABLE is 41.  A small interpreter makes the call and becomes QEMU.
 _NO_THP = (
@@ -117,7 +121,8 @@ def wrapped(command: Sequence[str], *, thp: bool | None) -> list[str]:
     :raise HostError: when `setpriv` is missing.
     """
     no_thp = [sys.executable, "-I", "-S", "-c", _NO_THP] if thp is False else []
-    return [require_setpriv(), "--pdeathsig=KILL", "--", *no_thp, *command]
+    guard = ["sh", "-c", _SAME_PARENT, "sh", str(os.getpid())]
+    return [require_setpriv(), "--pdeathsig=KILL", "--", *guard, *no_thp, *command]
 
 
 @contextlib.asynccontextmanager

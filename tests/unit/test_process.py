@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -59,28 +60,52 @@ async def test_the_process_is_gone_after_the_task_was_cancelled() -> None:
     assert is_gone(pid)
 
 
-def test_the_process_is_gone_after_the_interpreter_was_killed(tmp_path: Path) -> None:
-    script = textwrap.dedent(
-        """
-        import asyncio, sys
-        from lab.process import running
-        async def main():
-            async with running([sys.executable, "-c", "import time; time.sleep(600)"],
-                               pass_sockets=()) as process:
-                print(process.pid, flush=True)
-                await asyncio.sleep(600)
-        asyncio.run(main())
-        """
-    )
-    # The temporary directory of a killed interpreter stays; here it is in the test's own.
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+OWNER = textwrap.dedent(
+    """
+    import asyncio, sys
+    from lab.process import running
+    async def main():
+        async with running([sys.executable, "-c", "import time; time.sleep(600)"],
+                           pass_sockets=()) as process:
+            print(process.pid, flush=True)
+            await asyncio.sleep(600)
+    asyncio.run(main())
+    """
+)
+
+
+def kill_owner(**environment: str) -> int:
+    """Start a process by an interpreter of its own, kill that, and return the process's id."""
     with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", OWNER],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
     ) as owner:
         assert owner.stdout is not None
         pid = int(owner.stdout.readline())
         assert not is_gone(pid)
         owner.kill()
+    return pid
+
+
+def test_the_process_is_gone_after_the_interpreter_was_killed(tmp_path: Path) -> None:
+    # The temporary directory of a killed interpreter stays; here it is in the test's own.
+    wait_gone(kill_owner(TMPDIR=str(tmp_path)))
+
+
+def test_the_process_is_gone_if_the_interpreter_was_killed_before_it_could_ask_for_a_signal(
+    tmp_path: Path,
+) -> None:
+    setpriv = shutil.which("setpriv")
+    late = tmp_path / "setpriv"
+    late.write_text(
+        f"#!/bin/sh\nwhile ! [ -e {tmp_path}/owner-is-gone ]; do sleep 0.01; done\n"
+        f'exec {setpriv} "$@"\n'
+    )
+    late.chmod(0o755)
+    pid = kill_owner(TMPDIR=str(tmp_path), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    tmp_path.joinpath("owner-is-gone").touch()
     wait_gone(pid)
 
 
