@@ -30,7 +30,8 @@ STYLE = Path(__file__).with_name("lab.mplstyle")
 
 # Okabe and Ito, without black and yellow (too strong and too weak as a line on white)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# One more than colours, so that a method beyond the last colour differs by its marker.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 COST_COLUMNS = {
     "pause_ms": "pause, ms",

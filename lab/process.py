@@ -30,8 +30,8 @@ KILL_GRACE_S = 30.0
 
 LOG_TAIL_LINES = 12
 
-# A parent that dies before the child has asked for the parent-death signal is not noticed by it: the
-# child would have another parent by then, and live for ever.  So the child looks once it has asked.
+# A parent that dies before the child has asked for the parent-death signal is not noticed by it:
+# the child has another parent by then, and would live for ever.  So it looks once it has asked.
 _SAME_PARENT = '[ "$PPID" = "$1" ] || exit 1; shift; exec "$@"'
 
 # Transparent huge pages can be forbidden to a process only by itself, and its children inherit it:

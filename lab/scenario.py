@@ -134,7 +134,9 @@ class Method:
     `x-snapshot-engine` or None, `mechanism` what QEMU does:
     `background` saves RAM while the guest runs, in the state of one instant; `precopy` copies
     RAM while the guest runs until little is left and stops it for the rest; `stopped` stops the
-    guest for all of it.  `live` is whether the image shows the instant of the request.
+    guest for all of it.  `live` is whether the image shows the instant of the request, and
+    `direct_io` whether pages are written past the host's page cache, which the file system of the
+    image has to permit.
     """
 
     name: str
@@ -144,6 +146,7 @@ class Method:
     live: bool
     engine: str | None = None
     capabilities: tuple[str, ...] = ()
+    direct_io: bool = False
 
     def runs_on(self, variant: str) -> bool:
         """Return whether the QEMU `variant` (`patched` or `unpatched`) can do this method."""
@@ -186,7 +189,26 @@ def _methods() -> Iterator[Method]:
     )
     yield Method(
         name="live-mapped",
-        title="live, upstream's engine, into a file where each page has its place (mapped-ram)",
+        title="live, into a file where each page has its place (mapped-ram)",
+        binary="patched",
+        mechanism="background",
+        live=True,
+        engine="copy",
+        capabilities=(*background, MAPPED_RAM),
+    )
+    yield Method(
+        name="live-direct",
+        title="live, into a file where each page has its place, past the host's page cache",
+        binary="patched",
+        mechanism="background",
+        live=True,
+        engine="copy",
+        capabilities=(*background, MAPPED_RAM),
+        direct_io=True,
+    )
+    yield Method(
+        name="live-inline-mapped",
+        title="live, upstream's engine, into a file where each page has its place",
         binary="patched",
         mechanism="background",
         live=True,

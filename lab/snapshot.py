@@ -343,6 +343,7 @@ class _Attempt:
             # 0 is no limit; the default of 128 MiB/s would not let a busy guest converge.
             "max-bandwidth": 0,
             "downtime-limit": DOWNTIME_LIMIT_MS,
+            "direct-io": self.how.direct_io,
         }
         if self.patched_engine:
             parameters["x-snapshot-engine"] = self.how.engine

@@ -71,9 +71,14 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "pages": Column("pages", "pages released together with this one"),
         "resolver": Column(
             "",
-            "who saved the page: the sweep before the fault, the snapshot thread, the fault thread",
+            "who saved the page: the sweep before the fault, the snapshot thread, the fault "
+            "thread; or nobody, because the VM was yet to be paused (`not-paused`)",
         ),
-        "queue_depth": Column("1", "faults waiting when this one was read"),
+        "queue_depth": Column(
+            "1",
+            "what waited for the snapshot thread when this one was read: faults, or with the "
+            "engine `copy` pages that were copied aside",
+        ),
     },
     "progress": {
         "t_ns": Column("ns", "CLOCK_MONOTONIC of the sample: middle of the read"),

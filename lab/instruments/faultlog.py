@@ -19,7 +19,7 @@ from lab.errors import RunError
 MAGIC = b"QSNAPFLT"
 VERSION = 1
 ENGINES = ("inline", "rfc", "copy")
-RESOLVERS = ("sweep", "snapshot-thread", "fault-thread")
+RESOLVERS = ("sweep", "snapshot-thread", "fault-thread", "not-paused")
 NO_GPA = (1 << 64) - 1
 
 HEADER = np.dtype(
@@ -75,8 +75,9 @@ class FaultLog:
     `taken_ns`, `saved_ns`, `released_ns` CLOCK_MONOTONIC ns when the message was read, the
     snapshot thread took it up, the page was saved or copied and the page was released (0: that
     did not happen on behalf of this fault); `latency_ns` released - read, <NA> when another
-    thread released it; `pages` released together; `resolver` who saved the page; `queue_depth`
-    faults waiting when this one was read.
+    thread released it; `pages` released together; `resolver` who saved the page (`not-paused`:
+    nobody, the VM was yet to be paused); `queue_depth` faults, or pages copied aside, that waited
+    when this one was read.
     """
 
     df: pd.DataFrame
