@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import settings
 
 from lab import run, tables
 from lab.measure import Plan
 from lab.scenario import Machine, Workload, to_json
+
+# How long an example takes says something about the machine, and nothing about the code.
+settings.register_profile("lab", deadline=None)
+settings.load_profile("lab")
 
 MS = 1_000_000
 ORIGIN = 5_000_000_000_000

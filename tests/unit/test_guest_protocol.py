@@ -261,7 +261,7 @@ def test_a_long_run_is_replayed_by_looking_at_its_end_only() -> None:
     assert versions.min() > ops - 100_000
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     kind=st.sampled_from(["random", "sequential"]),
     seed=seeds,
