@@ -92,12 +92,13 @@ class _Dump:
             offset += -(-block.used_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-async def verify_method(vm: VM, method: str, workdir: Path) -> Verification:
+async def verify_method(vm: VM, method: str, workdir: Path, *, channels: int = 1) -> Verification:
     """Take a snapshot of `vm` by `method`, restore it elsewhere and compare all of its RAM.
 
     Needs, in `workdir`, room for the image and for all of the guest's pages that are not zero, and
     host memory for a second guest.  The guest runs on afterwards.  Nothing is left in `workdir`.
 
+    :param channels: how many threads restore it, see `restore`.
     :raise UsageError: when the method does not exist or needs the other QEMU.
     :raise SnapshotError: when the snapshot fails.
     :raise RestoreError: when it can not be restored.
@@ -114,7 +115,7 @@ async def verify_method(vm: VM, method: str, workdir: Path) -> Verification:
         snapshot = await take(vm, image, method, progress=False, fault_log=False, hold=copy_out)
         if dump is None:
             raise SnapshotError(f"{method} never held the guest at its instant")
-        async with restore(image, paused=True) as restored:
+        async with restore(image, paused=True, channels=channels) as restored:
             found = {block.name: block for block in await restored.ram_blocks()}
             return await asyncio.to_thread(
                 _judge, vm, dump, restored.pid, found, METHODS[snapshot.method].name

@@ -68,7 +68,10 @@ QEMU_STATE_BYTES = 64 << 20
 """Room on the disk for what is in an image besides pages: headers and the devices' state."""
 
 _ENDED = ("completed", "failed", "cancelled")
-_CLEARED = {"background-snapshot": False, "mapped-ram": False, "pause-before-switchover": False}
+# What an earlier snapshot, or the restore of this guest, may have left switched on.
+_CLEARED = dict.fromkeys(
+    ("background-snapshot", "mapped-ram", "multifd", "pause-before-switchover"), False
+)
 
 Hold = Callable[[], Awaitable[None]]
 

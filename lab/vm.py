@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lab.commandline import Channels, check_host, qemu_command
 from lab.console import Console, attached
 from lab.display import html_row
-from lab.errors import GuestError, LaunchError, QmpError, RestoreError, SnapshotError
+from lab.errors import (
+    GuestError,
+    LaunchError,
+    QmpError,
+    RestoreError,
+    SnapshotError,
+    UsageError,
+)
 from lab.guest.build import Guest, find_guest
 from lab.guest.protocol import PAGE_BYTES, ProgressPage, ReadyRecord, Record
 from lab.host import NAME_PREFIX
@@ -433,7 +440,7 @@ async def boot(
 
 @contextlib.asynccontextmanager
 async def restore(
-    path: str | Path, *, paused: bool = False, binary: Variant | None = None
+    path: str | Path, *, paused: bool = False, binary: Variant | None = None, channels: int = 1
 ) -> AsyncIterator[VM]:
     """Restore the guest from the snapshot `path`; it runs unless `paused`.
 
@@ -441,12 +448,21 @@ async def restore(
     sidecar names is checked in the restored memory before the guest runs.
 
     :param binary: which QEMU; None is the kind that took the snapshot.
+    :param channels: how many threads read the image; more than one takes an image in which each
+        page has its place, such as `live-mapped` makes.
+    :raise UsageError: when the image can not be read by more than one thread.
     :raise RestoreError: when the image or its sidecar is missing, cut short, of another machine
         type or another format, or does not restore.
     :raise HostError: when the host lacks memory, a build or an accelerator.
     """
     image = Path(path).absolute()
     sidecar = read_sidecar(image)
+    mapped = MAPPED_RAM in method(sidecar.method).capabilities
+    if channels < 1 or (channels > 1 and not mapped):
+        raise UsageError(
+            f"{channels} channels can not read {image.name}, a {sidecar.method} snapshot",
+            "use channels=1, or take the snapshot with method live-mapped",
+        )
     qemu = find_qemu(binary or sidecar.binary.variant)
     try:
         launched = _launched(
@@ -466,7 +482,7 @@ async def restore(
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_exit(launched)
         vm.machine_type = sidecar.machine_type
-        await _load(vm, image, sidecar)
+        await _load(vm, image, sidecar, mapped=mapped, channels=channels)
         vm._ready = sidecar.ready
         await _check_identity(vm, image)
         if not paused:
@@ -478,16 +494,17 @@ def _has_loaded(event: Event) -> bool:
     return event.name == "MIGRATION" and event.data.get("status") in ("completed", "failed")
 
 
-async def _load(vm: VM, image: Path, sidecar: Sidecar) -> None:
+async def _load(vm: VM, image: Path, sidecar: Sidecar, *, mapped: bool, channels: int) -> None:
     since = len(vm.qmp.events)
     timeout_s = COMMAND_TIMEOUT_S + sidecar.image_bytes / RESTORE_BYTES_PER_S
-    mapped = MAPPED_RAM in method(sidecar.method).capabilities
-    needed = {"events": True, MAPPED_RAM: mapped}
+    needed = {"events": True, MAPPED_RAM: mapped, "multifd": channels > 1}
     try:
         await vm.execute(
             "migrate-set-capabilities",
             {"capabilities": [{"capability": name, "state": on} for name, on in needed.items()]},
         )
+        if channels > 1:
+            await vm.execute("migrate-set-parameters", {"multifd-channels": channels})
         await vm.execute(
             "migrate-incoming",
             {"channels": file_channel(image), "exit-on-error": False},

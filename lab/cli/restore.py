@@ -21,6 +21,13 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         choices=("patched", "unpatched"),
         help="which QEMU (default: the kind that took the snapshot)",
     )
+    parser.add_argument(
+        "--channels",
+        type=int,
+        default=1,
+        metavar="N",
+        help="threads that read the image; more than 1 for a live-mapped one (default 1)",
+    )
     add_running_arguments(parser)
     parser.set_defaults(handler=_restore)
 
@@ -28,6 +35,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 async def _restore(args: argparse.Namespace) -> int:
     from lab.vm import restore
 
-    async with restore(args.path, paused=args.paused, binary=args.binary) as vm:
+    async with restore(
+        args.path, paused=args.paused, binary=args.binary, channels=args.channels
+    ) as vm:
         await show_speed(vm, args)
     return 0

@@ -67,19 +67,39 @@ async def test_restored_memory_is_that_of_the_pause_instant(
     assert list(tmp_path.iterdir()) == []
 
 
+async def test_an_image_where_each_page_has_its_place_is_restored_by_many_threads(
+    tmp_path: Path,
+) -> None:
+    async with lab.boot(*small(vcpus=2)) as vm:
+        found = await verify_method(vm, "live-mapped", tmp_path, channels=4)
+        assert found.equal, found.detail
+        image = tmp_path / "a.snap"
+        await vm.snapshot(image, "live", progress=False)
+        with pytest.raises(UsageError, match="4 channels can not read"):
+            async with lab.restore(image, channels=4):
+                pass
+        await vm.snapshot(image, "live-mapped", progress=False)
+    async with lab.restore(image, channels=4) as again:
+        await works_on(again)
+        # What the restore switched on is no obstacle to the next snapshot.
+        await again.snapshot(image, "live", progress=False)
+
+
 async def test_the_oracle_finds_one_changed_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A known error: one byte of one page of the image is changed before the restore."""
 
-    def restore_damaged(path: Path, *, paused: bool) -> AbstractAsyncContextManager[VM]:
+    def restore_damaged(
+        path: Path, *, paused: bool, channels: int
+    ) -> AbstractAsyncContextManager[VM]:
         with path.open("r+b") as file:
             # The middle of the image is page data, of which a header is a 512th.
             file.seek(path.stat().st_size // 2 // 4096 * 4096 + 2048)
             byte = file.read(1)[0]
             file.seek(-1, 1)
             file.write(bytes([byte ^ 0x40]))
-        return lab.restore(path, paused=paused)
+        return lab.restore(path, paused=paused, channels=channels)
 
     monkeypatch.setattr("lab.oracle.restore", restore_damaged)
     async with lab.boot(*small(), binary="unpatched") as vm:
