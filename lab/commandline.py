@@ -66,6 +66,7 @@ def _append(workload: Workload) -> str:
         wss_mib=workload.wss_mib,
         threads=workload.threads,
         seed=workload.seed,
+        time_writes=workload.time_writes,
     )
 
 

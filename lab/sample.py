@@ -24,6 +24,8 @@ import psutil
 
 from lab.errors import LabError
 from lab.host import available_memory_mib, require_disk
+from lab.instruments.phases import buffer_summary
+from lab.instruments.writelatency import stall_summary
 from lab.run import Marks, Outcome
 from lab.scenario import Scenario
 from lab.tables import BASELINE_NS, NS_PER_MS, NS_PER_S, fault_summary, find_back, slowdown
@@ -225,9 +227,12 @@ async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
         unsettled = await _settle(sampler)
         if unsettled:
             warnings.append(unsettled)
+        latency = await vm.write_latency() if scenario.workload.time_writes else None
         with no_garbage_collection():
+            if latency is not None:
+                latency.read()
             await asyncio.sleep(BASELINE_NS / NS_PER_S + BASELINE_MARGIN_S)
-            snapshot = await take(vm, image, scenario.method, sampler=sampler)
+            snapshot = await take(vm, image, scenario.method, sampler=sampler, latency=latency)
             await _tail(sampler, snapshot.request_ns, snapshot.end_ns)
         progress = sampler.df()
     first = snapshot.request_ns - BASELINE_NS - round(BASELINE_MARGIN_S / 2 * NS_PER_S)
@@ -238,6 +243,8 @@ async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
     phases = snapshot.df_phases()
     if len(phases):
         tables["phases"] = phases
+    if snapshot.write_latency is not None:
+        tables["write_latency"] = snapshot.write_latency
     log_ = snapshot.fault_log
     if log_ is not None:
         tables["faults"] = log_.df
@@ -254,7 +261,9 @@ async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
         "max_gap_ms": cost.max_gap_ms,
         "recovery_ms": cost.recovery_ms,
         "back_capped": cost.back_capped,
-    } | fault_summary(None if log_ is None else log_.df)
+    }
+    figures |= fault_summary(None if log_ is None else log_.df)
+    figures |= buffer_summary(snapshot.counters) | stall_summary(snapshot.write_latency)
     return Sample(
         outcome="ok",
         figures=figures,

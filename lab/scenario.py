@@ -31,7 +31,7 @@ else:
 
 Accel = Literal["tcg", "kvm"]
 RamKind = Literal["anon"]
-WorkloadKind = Literal["idle", "sequential", "random"]
+WorkloadKind = Literal["idle", "sequential", "random", "scattered"]
 Variant = Literal["patched", "unpatched"]
 Mechanism = Literal["background", "precopy", "stopped"]
 
@@ -100,9 +100,10 @@ class Machine:
 class Workload:
     """What the guest does: `threads` writers over a working set of `wss_mib`, or nothing (`idle`).
 
-    `random` writes uniformly random pages, `sequential` walks the working set in order; both
-    write three words of a page for each operation and verify the page before.  `seed` fixes the
-    sequence of pages, so that a host can replay it.
+    `random` writes uniformly random pages, `scattered` uniformly random ones out of every 64th
+    page, `sequential` walks the working set in order; all write three words of a page for each
+    operation and verify the page before.  `seed` fixes the sequence of pages, so that a host can
+    replay it.  With `time_writes` the guest times each operation, which makes all of them slower.
 
     Raises `UsageError` for values that can not work.
     """
@@ -114,12 +115,20 @@ class Workload:
     wss_mib: int = field(default=256, metadata={"help": "working set in MiB"})
     threads: int = field(default=1, metadata={"help": "writer threads in the guest"})
     seed: int = field(default=1, metadata={"help": "seed of the page sequence"})
+    time_writes: bool = field(
+        default=False, metadata={"help": "have the guest time each operation, which slows it down"}
+    )
 
     def __post_init__(self) -> None:
         _require_choice("workload", self.kind, WorkloadKind)
         _require_int("wss_mib", self.wss_mib, 1, 1024 * 1024)
         _require_int("threads", self.threads, 1, 62)  # counters that fit into the progress page
         _require_int("seed", self.seed, 0, 2**63 - 1)
+        _require(
+            not (self.time_writes and self.kind == "idle"),
+            "an idle guest has no writes to time",
+            "choose another workload, or time_writes=False",
+        )
 
 
 MAPPED_RAM = "mapped-ram"
@@ -309,7 +318,7 @@ def add_arguments(parser: argparse._ActionsContainer, cls: "type[DataclassInstan
             parser.add_argument(
                 _flag(f), choices=choices, help=f"{help_text} (default {f.default})", **common
             )
-        elif hint == bool | None:
+        elif hint in (bool, bool | None):
             parser.add_argument(
                 _flag(f), action=argparse.BooleanOptionalAction, help=help_text, **common
             )

@@ -38,8 +38,9 @@ from lab.display import html_row
 from lab.errors import HostError, LabError, QmpError, SnapshotError, UsageError
 from lab.host import require_uffd
 from lab.instruments.faultlog import FaultLog, read_fault_log
-from lab.instruments.phases import counters, df_phases
+from lab.instruments.phases import buffer_summary, counters, df_phases
 from lab.instruments.progress import ProgressSampler
+from lab.instruments.writelatency import WriteLatency, stall_summary
 from lab.qemu.build import QemuBinary
 from lab.qmp import Event
 from lab.scenario import METHODS, Machine, Method, Workload, dimensions
@@ -73,6 +74,8 @@ _CLEARED = dict.fromkeys(
     ("background-snapshot", "mapped-ram", "multifd", "pause-before-switchover"), False
 )
 
+LATENCY_WINDOWS = ("before", "during")
+
 Hold = Callable[[], Awaitable[None]]
 
 
@@ -104,6 +107,7 @@ class Snapshot:
     """QEMU's last reply to `query-migrate`."""
     fault_log: FaultLog | None = dataclasses.field(repr=False)
     sampler: ProgressSampler | None = dataclasses.field(repr=False)
+    write_latency: pd.DataFrame | None = dataclasses.field(default=None, repr=False)
 
     @property
     def setup_ms(self) -> float | None:
@@ -150,6 +154,18 @@ class Snapshot:
             raise UsageError("progress was not sampled", "use progress=True")
         return self._marked(self.sampler.df())
 
+    def df_write_latency(self) -> pd.DataFrame:
+        """Return how long the guest's operations took, as a histogram.
+
+        Columns: `window` (`during`: request until completion; `before`: until the request),
+        `low_ns`, `high_ns`, `ops`; see `lab.instruments.writelatency`.
+
+        :raise UsageError: when the guest did not time them.
+        """
+        if self.write_latency is None:
+            raise UsageError("the guest did not time its operations", "boot with time_writes=True")
+        return self._marked(self.write_latency)
+
     def _marked(self, table: pd.DataFrame) -> pd.DataFrame:
         return with_marks(
             table,
@@ -173,6 +189,8 @@ class Snapshot:
             "duration_ms": self.duration_ms,
             "image_bytes": self.image_bytes,
             **fault_summary(None if self.fault_log is None else self.fault_log.df),
+            **buffer_summary(self.counters),
+            **stall_summary(self.write_latency),
         }
 
     def __repr__(self) -> str:
@@ -209,12 +227,15 @@ async def take(
     before_s: float = 1.0,
     after_s: float = 1.0,
     sampler: ProgressSampler | None = None,
+    latency: WriteLatency | None = None,
     hold: Hold | None = None,
 ) -> Snapshot:
     """Take a snapshot of `vm`; `VM.snapshot` says more.
 
     :param sampler: one that runs already; then none is started, and there is no waiting before
         and after.
+    :param latency: a reader of a guest that times its operations, with one reading at the
+        beginning of what is to be compared with; by default one that begins now.
     :param hold: called at the instant that the image shows, while the guest is stopped there.
         On the patched QEMU's live methods that is the engine's pre-switchover hold; for ordinary
         migration, completion.  The unpatched `background` can not be held: the guest is stopped
@@ -231,12 +252,15 @@ async def take(
         async with contextlib.AsyncExitStack() as stack:
             partial = stack.enter_context(_partial_image(image))
             _check_disk(vm, how, image)
+            if latency is None and vm.workload.time_writes:
+                latency = await vm.write_latency()
+                latency.read()
             if sampler is None and progress:
                 sampler = await stack.enter_async_context(vm.sampling())
                 await asyncio.sleep(before_s)
             else:
                 after_s = 0.0
-            attempt = _Attempt(vm, how, partial, hold=hold, log_faults=fault_log)
+            attempt = _Attempt(vm, how, partial, hold=hold, log_faults=fault_log, latency=latency)
             await attempt.run()
             size = _publish(vm, how, partial, image)
             await asyncio.sleep(after_s)
@@ -251,12 +275,20 @@ class _Attempt:
     """One migration to a file, from the request until QEMU could do another."""
 
     def __init__(
-        self, vm: VM, how: Method, partial: Path, *, hold: Hold | None, log_faults: bool
+        self,
+        vm: VM,
+        how: Method,
+        partial: Path,
+        *,
+        hold: Hold | None,
+        log_faults: bool,
+        latency: WriteLatency | None,
     ) -> None:
         self.vm = vm
         self.how = how
         self.partial = partial
         self.hold = hold
+        self.latency = latency
         self.patched_engine = how.mechanism == "background" and vm.binary.variant == "patched"
         self.fault_log_path = (
             vm.process.workdir / "faults.bin" if log_faults and self.patched_engine else None
@@ -280,6 +312,7 @@ class _Attempt:
         try:
             await self._prepare()
             self.since = len(vm.qmp.events)
+            self._read_latency()
             self.request_ns = time.monotonic_ns()
             if self.how.mechanism == "stopped":
                 await vm.stop()
@@ -288,6 +321,7 @@ class _Attempt:
             else:
                 await vm.execute("migrate", {"channels": file_channel(self.partial)})
             self.completed = await self._await_bounded_end()
+            self._read_latency()
             if self.how.mechanism != "background":
                 if self.hold is not None:
                     await self.hold()
@@ -305,6 +339,10 @@ class _Attempt:
             if isinstance(error, QmpError):
                 raise SnapshotError(f"{self.how.name}: {error.cause}", error.remedy) from error
             raise
+
+    def _read_latency(self) -> None:
+        if self.latency is not None:
+            self.latency.read()
 
     @property
     def _is_held_before(self) -> bool:
@@ -476,6 +514,7 @@ class _Attempt:
             end_ns=self.completed.time_us * 1000 - self.clock_offset_ns,
             image_bytes=size,
             counters=counters(self.migration),
+            write_latency=None if self.latency is None else self.latency.df(LATENCY_WINDOWS),
             migration=self.migration,
             fault_log=self.fault_log,
             sampler=sampler,

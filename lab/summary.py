@@ -40,11 +40,25 @@ _HEADINGS = {
     "fault_p50_us": "fault p50 us",
     "fault_p99_us": "fault p99 us",
     "fault_max_us": "fault max us",
+    "pages_copied": "pages copied",
+    "buffer_max_bytes": "buffer max MiB",
+    "buffer_waits": "buffer waits",
+    "stalls": "stalls > 4 us",
+    "stall_sum_ms": "stall sum ms",
+    "stall_p50_us": "stall p50 us",
+    "stall_p99_us": "stall p99 us",
+    "stall_p999_us": "stall p99.9 us",
+    "stall_max_us": "stall max us",
 }
 # A guest whose rate takes longer to come back after completion is not slow to recover: either the
 # baseline was measured in a fast second, or the host was busy.  Lost work counts that time.
 LONG_RECOVERY_MS = 2000
-_SCALES = {"image_bytes": 2.0**-20, "baseline_ops_per_s": 1e-6, "min_rate_50ms": 100.0}
+_SCALES = {
+    "image_bytes": 2.0**-20,
+    "buffer_max_bytes": 2.0**-20,
+    "baseline_ops_per_s": 1e-6,
+    "min_rate_50ms": 100.0,
+}
 
 
 def heading(metric: str) -> str:

@@ -87,6 +87,14 @@ COLUMNS: dict[str, dict[str, Column]] = {
         ),
         "read_ns": Column("ns", "how long the read of the guest's page took"),
     },
+    "write_latency": {
+        "window": Column(
+            "", "`before`: from a second before the request; `during`: request until completion"
+        ),
+        "low_ns": Column("ns", "shortest duration of an operation that is counted here"),
+        "high_ns": Column("ns", "duration from which on it is counted in the next bucket"),
+        "ops": Column("1", "operations that took so long, summed over the guest's writers"),
+    },
     "phases": {
         "phase": Column("", "name of the phase, by the engine"),
         "start_ns": Column("ns", "CLOCK_MONOTONIC at its start"),
@@ -129,6 +137,23 @@ SUMMARY_FIELDS: dict[str, Column] = {
     ),
     "fault_p99_us": Column("us", "99 % quantile of the same"),
     "fault_max_us": Column("us", "largest of the same"),
+    "pages_copied": Column(
+        "1", "pages that the fault thread copied aside; null where QEMU does not count them"
+    ),
+    "buffer_max_bytes": Column("B", "the most that was in the copy buffer; null likewise"),
+    "buffer_waits": Column(
+        "1", "how often faults had to wait because the copy buffer was full; null likewise"
+    ),
+    "stalls": Column(
+        "1",
+        "guest operations between request and completion that took longer than 4 us by the "
+        "guest's clock; null unless the guest timed them",
+    ),
+    "stall_sum_ms": Column("ms", "all of these together, summed over the guest's writers"),
+    "stall_p50_us": Column("us", "median of them"),
+    "stall_p99_us": Column("us", "99 % quantile of the same"),
+    "stall_p999_us": Column("us", "99.9 % quantile of the same"),
+    "stall_max_us": Column("us", "longest of the same"),
     "verified": Column(
         "",
         "byte equality of every RAM block with the pause instant, in an untimed snapshot of "
@@ -163,6 +188,15 @@ METRICS = (
     "fault_p50_us",
     "fault_p99_us",
     "fault_max_us",
+    "pages_copied",
+    "buffer_max_bytes",
+    "buffer_waits",
+    "stalls",
+    "stall_sum_ms",
+    "stall_p50_us",
+    "stall_p99_us",
+    "stall_p999_us",
+    "stall_max_us",
 )
 
 Ns = npt.NDArray[np.int64]

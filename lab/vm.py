@@ -30,7 +30,7 @@ from lab.errors import (
     UsageError,
 )
 from lab.guest.build import Guest, find_guest
-from lab.guest.protocol import PAGE_BYTES, ProgressPage, ReadyRecord, Record
+from lab.guest.protocol import PAGE_BYTES, LatencyPage, ProgressPage, ReadyRecord, Record
 from lab.host import NAME_PREFIX
 from lab.hostmem import read_process
 from lab.process import QUIT_GRACE_S, Process, running
@@ -41,6 +41,7 @@ from lab.sidecar import Sidecar, read_sidecar
 
 if TYPE_CHECKING:
     from lab.instruments.progress import ProgressSampler
+    from lab.instruments.writelatency import WriteLatency
     from lab.snapshot import Snapshot
 
 BOOT_TIMEOUT_S = 120.0
@@ -232,6 +233,21 @@ class VM:
         address = await self.host_address(self.ready.progress_gpa)
         with ProgressSampler(self.pid, address, threads=self.ready.threads) as sampler:
             yield sampler
+
+    async def write_latency(self) -> "WriteLatency":
+        """Return the reader of how long the guest's operations take.
+
+        :raise UsageError: when the guest was not asked to time them.
+        """
+        from lab.instruments.writelatency import WriteLatency  # pandas is slow to import
+
+        progress = await self.progress_page()
+        if not progress.latency_gpa:
+            raise UsageError("the guest does not time its operations", "boot with time_writes=True")
+        address = await self.host_address(progress.latency_gpa)
+        page = LatencyPage.decode(self.read_host(address, PAGE_BYTES), progress.threads)
+        buckets = [[await self.host_address(gpa) for gpa in of_thread] for of_thread in page.gpas]
+        return WriteLatency(self.pid, address, buckets)
 
     # Snapshots
 

@@ -17,7 +17,9 @@ from lab.errors import GuestError, UsageError
 PAGE_BYTES = 4096
 PAGE_WORDS = PAGE_BYTES // 8
 #: Kinds of workload; the position is the number in the progress page.
-KINDS = ("idle", "sequential", "random")
+KINDS = ("idle", "sequential", "random", "scattered")
+#: A scattered writer writes to one page out of so many.
+SCATTER = 64
 MAX_THREADS = 62
 MAX_WSS_MIB = 1 << 20
 
@@ -27,6 +29,15 @@ PROGRESS_LAYOUT = 1
 PROGRESS_OPS = 16
 PROGRESS_OPS_STRIDE = 8
 STATES = {1: "populating", 2: "running"}
+
+LATENCY_MAGIC = 0x315954414C42414C  # "LABLATY1"
+#: Sub-buckets an octave of the operations' durations, and buckets in all.
+LATENCY_SUBS = 64
+LATENCY_BUCKETS = 5 * PAGE_WORDS
+LATENCY_PAGES = LATENCY_BUCKETS // PAGE_WORDS
+#: Word of the address of thread i's page k: LATENCY_GPAS + LATENCY_GPAS_STRIDE * i + k.
+LATENCY_GPAS = 16
+LATENCY_GPAS_STRIDE = 8
 
 PAGE_MAGIC = 0x4547415042414C56  # "VLABPAGE"
 WORD_MAGIC = 0
@@ -74,13 +85,16 @@ KERNEL_PARAMETERS: tuple[str, ...] = (
 )
 
 
-def kernel_command_line(*, kind: str, wss_mib: int, threads: int, seed: int) -> str:
+def kernel_command_line(
+    *, kind: str, wss_mib: int, threads: int, seed: int, time_writes: bool = False
+) -> str:
     """Return the kernel command line that boots the guest into a workload.
 
-    :param kind: "idle", "sequential" or "random".
+    :param kind: one of `KINDS`.
     :param wss_mib: working set in MiB, shared out among the threads.
     :param threads: writers, each on its own vCPU if there are as many.
     :param seed: of the sequence of pages; the same seed gives the same sequence.
+    :param time_writes: whether the writers time their operations.
     :raises UsageError: the guest would refuse these parameters.
     """
     if kind not in KINDS:
@@ -100,6 +114,7 @@ def kernel_command_line(*, kind: str, wss_mib: int, threads: int, seed: int) -> 
         f"lab.wss_mib={wss_mib}",
         f"lab.threads={threads}",
         f"lab.seed={seed}",
+        f"lab.time_writes={int(time_writes)}",
     )
     return " ".join(KERNEL_PARAMETERS + workload)
 
@@ -208,6 +223,7 @@ class ProgressPage:
     :param page_checks: pages checked, as of the last tick.
     :param table_gpa: guest physical address of the version table's first page, 0 without one.
     :param tick_ns: the guest's CLOCK_MONOTONIC at its last tick, ten times a second.
+    :param latency_gpa: guest physical address of the latency page, 0 when nothing is timed.
     :param ops: operations completed, for each thread.
     """
 
@@ -221,6 +237,7 @@ class ProgressPage:
     page_checks: int
     table_gpa: int
     tick_ns: int
+    latency_gpa: int
     ops: tuple[int, ...]
 
     @property
@@ -258,8 +275,55 @@ class ProgressPage:
             page_checks=word[9],
             table_gpa=word[10],
             tick_ns=word[11],
+            latency_gpa=word[12],
             ops=tuple(word[PROGRESS_OPS + PROGRESS_OPS_STRIDE * i] for i in range(word[3])),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyPage:
+    """The page that says where the durations of operations are counted, decoded.
+
+    :param ticks_per_ns: speed of the guest's time stamp counter, by the guest's clock; None until
+        it has ticked once.
+    :param gpas: for each thread, the guest physical addresses of its pages of counts, in order.
+    """
+
+    ticks_per_ns: float | None
+    gpas: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def decode(cls, page: bytes | memoryview, threads: int) -> Self:
+        """Decode the 4096 bytes of the page.
+
+        :raises GuestError: this is not a latency page that this version knows.
+        """
+        word = [int(value) for value in np.frombuffer(page, "<u8")]
+        if len(word) != PAGE_WORDS or word[0] != LATENCY_MAGIC:
+            raise GuestError("no latency page there: its first word is not LABLATY1")
+        if word[1] != LATENCY_BUCKETS:
+            raise GuestError(
+                f"a latency page of {word[1]} buckets, this version reads {LATENCY_BUCKETS}"
+            )
+        elapsed_ticks, elapsed_ns = word[4] - word[2], word[5] - word[3]
+        first = [LATENCY_GPAS + LATENCY_GPAS_STRIDE * i for i in range(threads)]
+        return cls(
+            ticks_per_ns=elapsed_ticks / elapsed_ns if elapsed_ns > 0 else None,
+            gpas=tuple(tuple(word[at : at + LATENCY_PAGES]) for at in first),
+        )
+
+
+def latency_bounds_ticks() -> U64:
+    """Return the lowest duration of each bucket, in ticks, and the end of the last.
+
+    Buckets are one tick wide up to `2 * LATENCY_SUBS`, then `LATENCY_SUBS` an octave: what a
+    bucket holds differs by 1/64 at most.  The last bucket also holds what is longer.
+    """
+    bucket = np.arange(LATENCY_BUCKETS + 1, dtype=np.uint64)
+    subs = np.uint64(LATENCY_SUBS)
+    shift = np.maximum(bucket // subs, np.uint64(1)) - np.uint64(1)
+    bounds: U64 = (bucket - shift * subs) << shift
+    return bounds
 
 
 # The sequence of operations
@@ -293,7 +357,8 @@ def pages_of_operations(
         page(k)             = high64(mix64(start + GAMMA * (k + 1)) * pages)
 
     with GAMMA = 0x9e3779b97f4a7c15, mix64 the output function of SplitMix64, and arithmetic
-    modulo 2**64. A `sequential` writer takes page k modulo `pages`.
+    modulo 2**64. A `sequential` writer takes page k modulo `pages`, and a `scattered` one is a
+    random writer to every `SCATTER`-th page.
 
     :param pages: pages in the share, 1 to 2**32 - 1.
     :param first_op: number of the first operation.
@@ -302,10 +367,13 @@ def pages_of_operations(
     k = np.arange(first_op, first_op + ops, dtype=np.uint64)
     if kind == "sequential":
         return k % np.uint64(pages)
-    if kind != "random":
+    if kind not in ("random", "scattered"):
         raise ValueError(f"a workload of kind {kind!r} writes no pages")
+    every = SCATTER if kind == "scattered" else 1
+    places = -(-pages // every)
     seeded = np.array([(seed ^ (_GAMMA * (thread + 1))) & _MASK], dtype=np.uint64)
-    return _scale(_mix64(_mix64(seeded) + np.uint64(_GAMMA) * (k + np.uint64(1))), pages)
+    random = _mix64(_mix64(seeded) + np.uint64(_GAMMA) * (k + np.uint64(1)))
+    return _scale(random, places) * np.uint64(every)
 
 
 def replay_versions(seed: int, thread: int, pages: int, ops: int, *, kind: str = "random") -> U64:
@@ -318,8 +386,9 @@ def replay_versions(seed: int, thread: int, pages: int, ops: int, *, kind: str =
     :param pages: pages in the share, 1 to 2**32 - 1.
     """
     versions = np.zeros(pages, dtype=np.uint64)
+    every = SCATTER if kind == "scattered" else 1
     end = ops
-    while end > 0 and not versions.all():
+    while end > 0 and not versions[::every].all():
         start = max(0, end - _REPLAY_CHUNK)
         page = pages_of_operations(kind, seed, thread, pages, start, end - start)
         written = np.zeros(pages, dtype=np.uint64)

@@ -38,7 +38,14 @@ enum {
 static const uint64_t PAGE_MAGIC = UINT64_C(0x4547415042414c56); /* "VLABPAGE" */
 static const uint64_t GAMMA = UINT64_C(0x9e3779b97f4a7c15);      /* SplitMix64's increment */
 
-enum kind { KIND_IDLE = 0, KIND_SEQUENTIAL = 1, KIND_RANDOM = 2 };
+enum kind { KIND_IDLE = 0, KIND_SEQUENTIAL = 1, KIND_RANDOM = 2, KIND_SCATTERED = 3 };
+
+/* The scattered kind writes to one page out of so many. */
+enum { SCATTER = 64 };
+
+/* Durations of operations: linear up to 2 * LATENCY_SUBS ticks, then LATENCY_SUBS buckets
+ * an octave.  The last one also holds what is longer. */
+enum { LATENCY_BITS = 6, LATENCY_SUBS = 1 << LATENCY_BITS, LATENCY_BUCKETS = 5 * PAGE_WORDS };
 
 /* ------------------------------------------------------------------ pure parts */
 
@@ -70,6 +77,19 @@ static inline uint64_t first_page(uint64_t wss_pages, uint64_t threads, uint64_t
     return wss_pages * thread / threads;
 }
 
+/* The bucket of a duration in ticks of the time stamp counter. */
+static inline uint64_t latency_bucket(uint64_t ticks)
+{
+    uint64_t shift, bucket;
+
+    if (ticks < LATENCY_SUBS) {
+        return ticks;
+    }
+    shift = (uint64_t)(63 - __builtin_clzll(ticks)) - LATENCY_BITS;
+    bucket = (shift << LATENCY_BITS) + (ticks >> shift);
+    return bucket < LATENCY_BUCKETS ? bucket : LATENCY_BUCKETS - 1;
+}
+
 /* What an untouched word of the working set holds: never zero (GAMMA is odd), and
  * different for every word of the working set. */
 static inline uint64_t filler(uint64_t index, uint64_t word)
@@ -82,6 +102,7 @@ struct writer {
     volatile uint64_t *pages;   /* first page of the share */
     volatile uint64_t *table;   /* version of each page of the share, kept apart from the page */
     volatile uint64_t *ops;     /* this thread's counter in the progress page */
+    volatile uint64_t *latency; /* this thread's LATENCY_BUCKETS counts, or NULL */
     uint64_t magic;             /* PAGE_MAGIC ^ nonce */
     uint64_t first;             /* index of the first page */
     uint64_t count;             /* pages in the share */
@@ -131,6 +152,20 @@ static inline __attribute__((always_inline)) void one_operation(struct writer *w
     *w->ops = version;
 }
 
+/* One operation, and how long it took if that is wanted. */
+static inline __attribute__((always_inline)) void operate(struct writer *w, uint64_t page)
+{
+    uint64_t start;
+
+    if (!w->latency) {
+        one_operation(w, page);
+        return;
+    }
+    start = __builtin_ia32_rdtsc();
+    one_operation(w, page);
+    w->latency[latency_bucket(__builtin_ia32_rdtsc() - start)]++;
+}
+
 /* `n` operations without a system call, a division or a shared lock. */
 static void run_random(struct writer *shared, uint64_t n)
 {
@@ -138,7 +173,20 @@ static void run_random(struct writer *shared, uint64_t n)
 
     while (n--) {
         w.stream += GAMMA;
-        one_operation(&w, scale(mix64(w.stream), w.count));
+        operate(&w, scale(mix64(w.stream), w.count));
+    }
+    shared->stream = w.stream;
+    shared->done = w.done;
+}
+
+static void run_scattered(struct writer *shared, uint64_t n)
+{
+    struct writer w = *shared;
+    uint64_t places = (w.count + SCATTER - 1) / SCATTER;
+
+    while (n--) {
+        w.stream += GAMMA;
+        operate(&w, scale(mix64(w.stream), places) * SCATTER);
     }
     shared->stream = w.stream;
     shared->done = w.done;
@@ -149,7 +197,7 @@ static void run_sequential(struct writer *shared, uint64_t n)
     struct writer w = *shared;
 
     while (n--) {
-        one_operation(&w, w.next);
+        operate(&w, w.next);
         w.next = w.next + 1 == w.count ? 0 : w.next + 1;
     }
     shared->next = w.next;
@@ -158,9 +206,14 @@ static void run_sequential(struct writer *shared, uint64_t n)
 
 static void run_operations(struct writer *w, uint64_t n)
 {
-    if (w->kind == KIND_RANDOM) {
+    switch (w->kind) {
+    case KIND_RANDOM:
         run_random(w, n);
-    } else {
+        break;
+    case KIND_SCATTERED:
+        run_scattered(w, n);
+        break;
+    default:
         run_sequential(w, n);
     }
 }
@@ -218,13 +271,21 @@ static void page_is_bad(struct writer *w, uint64_t page)
 }
 
 /* KIND SEED THREADS WSS_PAGES NONCE OPS... (one OPS per thread): run the writers on
- * this machine and write the working set to standard output. */
+ * this machine and write the working set to standard output.
+ * bucket TICKS...: print the latency bucket of each. */
 int main(int argc, char **argv)
 {
     enum kind kind;
     uint64_t seed, threads, wss_pages, nonce;
     uint64_t *set, *table, ops = 0;
 
+    if (argc > 1 && !strcmp(argv[1], "bucket")) {
+        for (int i = 2; i < argc; i++) {
+            printf("%llu\n",
+                   (unsigned long long)latency_bucket(strtoull(argv[i], NULL, 10)));
+        }
+        return 0;
+    }
     if (argc < 7) {
         return 2;
     }
@@ -295,11 +356,23 @@ enum {
     PROGRESS_CHECKS = 9,
     PROGRESS_TABLE_GPA = 10,
     PROGRESS_TICK_NS = 11,
+    PROGRESS_LATENCY_GPA = 12,
     PROGRESS_OPS = 16,
     PROGRESS_OPS_STRIDE = 8, /* a cache line per thread */
 
     STATE_POPULATING = 1,
     STATE_RUNNING = 2,
+
+    /* Words of the latency page, which says where the buckets are. */
+    LATENCY_MAGIC = 0,
+    LATENCY_COUNT = 1,
+    LATENCY_START_TICKS = 2,
+    LATENCY_START_NS = 3,
+    LATENCY_TICKS = 4,
+    LATENCY_NS = 5,
+    LATENCY_GPAS = 16,
+    LATENCY_GPAS_STRIDE = 8, /* for each thread */
+    LATENCY_PAGES = LATENCY_BUCKETS / PAGE_WORDS,
 
     /* Operations between two looks at the command to pause: some 0.3 ms. */
     BATCH = 1024,
@@ -309,16 +382,19 @@ enum {
 };
 
 static const uint64_t PROGRESS_PAGE_MAGIC = UINT64_C(0x31474f525042414c); /* "LABPROG1" */
-static const char *const KIND_NAMES[] = {"idle", "sequential", "random"};
+static const uint64_t LATENCY_PAGE_MAGIC = UINT64_C(0x315954414c42414c); /* "LABLATY1" */
+static const char *const KIND_NAMES[] = {"idle", "sequential", "random", "scattered"};
 
 struct parameters {
     enum kind kind;
     uint64_t wss_mib;
     uint64_t threads;
     uint64_t seed;
+    uint64_t time_writes;
 };
 
 static volatile uint64_t *progress;
+static volatile uint64_t *latency; /* the latency page, or NULL */
 static struct writer writers[MAX_THREADS];
 
 /* Pausing the writers between two operations, for the whole-set verifier. */
@@ -467,6 +543,8 @@ static void parse_parameter(struct parameters *p, const char *name, const char *
         p->threads = number(name, value, 1, MAX_THREADS);
     } else if (!strcmp(name, "lab.seed")) {
         p->seed = number(name, value, 0, UINT64_MAX);
+    } else if (!strcmp(name, "lab.time_writes")) {
+        p->time_writes = number(name, value, 0, 1);
     } else {
         char unknown[64];
 
@@ -519,6 +597,17 @@ static void *allocate(uint64_t bytes)
         for (uint64_t at = 0; at < bytes; at += PAGE_BYTES) {
             ((volatile char *)memory)[at] = 0;
         }
+    }
+    return memory;
+}
+
+/* The same, and it stays where it is: the host knows the physical address. */
+static void *allocate_locked(uint64_t bytes)
+{
+    void *memory = allocate(bytes);
+
+    if (mlock(memory, bytes)) {
+        fail("what=mlock errno=%d", errno);
     }
     return memory;
 }
@@ -630,6 +719,32 @@ static void *writer_main(void *argument)
     return NULL;
 }
 
+/* Note what the time stamp counter and the clock say, so that the host can convert ticks. */
+static void note_time(unsigned ticks_word, unsigned ns_word)
+{
+    latency[ns_word] = now_ns();
+    latency[ticks_word] = __builtin_ia32_rdtsc();
+}
+
+static void set_up_latency(uint64_t threads)
+{
+    latency = allocate_locked(PAGE_BYTES);
+    latency[LATENCY_COUNT] = LATENCY_BUCKETS;
+    for (uint64_t i = 0; i < threads; i++) {
+        volatile uint64_t *buckets = allocate_locked(LATENCY_BUCKETS * sizeof(*buckets));
+
+        writers[i].latency = buckets;
+        for (uint64_t page = 0; page < LATENCY_PAGES; page++) {
+            latency[LATENCY_GPAS + LATENCY_GPAS_STRIDE * i + page] =
+                physical_address(buckets + page * PAGE_WORDS);
+        }
+    }
+    note_time(LATENCY_START_TICKS, LATENCY_START_NS);
+    note_time(LATENCY_TICKS, LATENCY_NS);
+    latency[LATENCY_MAGIC] = LATENCY_PAGE_MAGIC;
+    progress[PROGRESS_LATENCY_GPA] = physical_address(latency);
+}
+
 static uint64_t total_operations(uint64_t threads)
 {
     uint64_t sum = 0;
@@ -702,6 +817,9 @@ static void tick(const struct parameters *p)
 {
     progress[PROGRESS_CHECKS] = p->kind == KIND_IDLE ? 0 : total_operations(p->threads);
     progress[PROGRESS_TICK_NS] = now_ns();
+    if (latency) {
+        note_time(LATENCY_TICKS, LATENCY_NS);
+    }
 }
 
 static void command(const char *line, const struct parameters *p, uint64_t running)
@@ -781,10 +899,7 @@ int main(void)
     }
     check_memory(p.wss_mib + (wss_pages * sizeof(*table) >> 20));
 
-    progress = allocate(PAGE_BYTES);
-    if (mlock((void *)progress, PAGE_BYTES)) {
-        fail("what=mlock errno=%d", errno);
-    }
+    progress = allocate_locked(PAGE_BYTES);
     nonce = make_nonce();
     progress[PROGRESS_LAYOUT] = 1;
     progress[PROGRESS_NONCE] = nonce;
@@ -807,7 +922,6 @@ int main(void)
     running = p.kind == KIND_IDLE ? 1 : p.threads;
     for (uint64_t i = 0; i < p.threads; i++) {
         struct writer *w = &writers[i];
-        pthread_t thread;
 
         writer_init(w, p.kind, p.seed, i, p.threads, wss_pages);
         if (wss_pages) {
@@ -816,7 +930,14 @@ int main(void)
         }
         w->ops = &progress[PROGRESS_OPS + PROGRESS_OPS_STRIDE * i];
         w->magic = PAGE_MAGIC ^ nonce;
-        if (i < running && (errno = pthread_create(&thread, NULL, writer_main, w))) {
+    }
+    if (p.time_writes && wss_pages) {
+        set_up_latency(p.threads);
+    }
+    for (uint64_t i = 0; i < running; i++) {
+        pthread_t thread;
+
+        if ((errno = pthread_create(&thread, NULL, writer_main, &writers[i]))) {
             fail("what=thread errno=%d", errno);
         }
     }

@@ -23,6 +23,18 @@ def df_phases(query_migrate: Mapping[str, Any]) -> pd.DataFrame:
     return df
 
 
+def buffer_summary(engine_counters: Mapping[str, int]) -> dict[str, int | None]:
+    """Fields pages_copied, buffer_max_bytes and buffer_waits of the summary line; null where the
+    engine has no buffer to count.
+    """
+    names = {
+        "pages_copied": "pages_copied",
+        "buffer_max_bytes": "buffer_max",
+        "buffer_waits": "buffer_waits",
+    }
+    return {field: engine_counters.get(name) for field, name in names.items()}
+
+
 def counters(query_migrate: Mapping[str, Any]) -> dict[str, int]:
     """Return the engine's counters in the reply to `query-migrate`, such as `faults`."""
     snapshot = query_migrate.get("snapshot", {})

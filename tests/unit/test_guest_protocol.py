@@ -14,6 +14,7 @@ from lab.errors import GuestError, UsageError
 from lab.guest import protocol
 from lab.guest.protocol import (
     KINDS,
+    LATENCY_BUCKETS,
     PAGE_BYTES,
     PAGE_WORDS,
     WORD_BODY,
@@ -26,6 +27,7 @@ from lab.guest.protocol import (
     find_progress_page,
     first_page,
     kernel_command_line,
+    latency_bounds_ticks,
     pages_of_operations,
     parse_record,
     replay_versions,
@@ -38,6 +40,7 @@ U64 = protocol.U64
 keys = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
 values = st.from_regex(r"[!-<>-~]{1,20}", fullmatch=True)
 seeds = st.integers(0, 2**64 - 1)
+WRITING = [kind for kind in KINDS if kind != "idle"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def progress_page(kind: str, seed: int, wss_pages: int, ops: Sequence[int]) -> P
     words[:8] = (
         protocol.PROGRESS_MAGIC, 1, NONCE, len(ops), wss_pages, KINDS.index(kind), seed, 2
     )  # fmt: skip
-    words[8:12] = (3, 4, 4096, 6)
+    words[8:13] = (3, 4, 4096, 6, 8192)
     words[16 : 16 + 8 * len(ops) : 8] = ops
     return ProgressPage.decode(words.tobytes())
 
@@ -162,7 +165,13 @@ def test_the_command_line_has_what_the_guest_reads() -> None:
     words = kernel_command_line(kind="random", wss_mib=256, threads=2, seed=9).split()
     assert "console=ttyS0" in words
     assert "panic=-1" in words
-    assert words[-4:] == ["lab.workload=random", "lab.wss_mib=256", "lab.threads=2", "lab.seed=9"]
+    assert words[-5:] == [
+        "lab.workload=random",
+        "lab.wss_mib=256",
+        "lab.threads=2",
+        "lab.seed=9",
+        "lab.time_writes=0",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -200,9 +209,10 @@ def test_the_progress_page_is_decoded_word_by_word() -> None:
         NONCE, 3, 1024, "sequential", 2**64 - 1, "running"
     )  # fmt: skip
     assert (page.page_errors, page.page_checks, page.table_gpa, page.tick_ns) == (3, 4, 4096, 6)
+    assert page.latency_gpa == 8192
 
 
-@pytest.mark.parametrize(("word", "value"), [(0, 0), (1, 2), (3, 0), (3, 63), (5, 3), (7, 0)])
+@pytest.mark.parametrize(("word", "value"), [(0, 0), (1, 2), (3, 0), (3, 63), (5, 4), (7, 0)])
 def test_a_page_that_is_not_a_progress_page_is_refused(word: int, value: int) -> None:
     words = np.zeros(PAGE_WORDS, dtype="<u8")
     words[:8] = (protocol.PROGRESS_MAGIC, 1, NONCE, 1, 0, 0, 0, 2)
@@ -215,6 +225,20 @@ def test_a_page_that_is_not_a_progress_page_is_refused(word: int, value: int) ->
 def test_a_short_progress_page_is_refused() -> None:
     with pytest.raises(GuestError):
         ProgressPage.decode(bytes(8))
+
+
+# The latency page
+
+
+def test_the_guests_own_code_counts_in_the_bucket_that_the_host_reads(harness: Path) -> None:
+    bounds = latency_bounds_ticks().astype(np.int64)
+    ticks = [*bounds[:-1], *(bounds[1:] - 1), 10**15]
+    done = subprocess.run(
+        [str(harness), "bucket", *map(str, ticks)], capture_output=True, check=True, timeout=60
+    )
+    buckets = [int(line) for line in done.stdout.split()]
+    every = list(range(LATENCY_BUCKETS))
+    assert buckets == [*every, *every, LATENCY_BUCKETS - 1]
 
 
 # The sequence of operations
@@ -236,7 +260,7 @@ def test_the_page_of_an_operation_is_the_formula_of_the_readme(
     assert int(pages_of_operations("random", seed, thread, pages, op, 1)[0]) == expected
 
 
-@given(seeds, st.integers(1, 40), st.integers(0, 300), st.sampled_from(["random", "sequential"]))
+@given(seeds, st.integers(1, 200), st.integers(0, 300), st.sampled_from(WRITING))
 def test_replaying_from_the_end_equals_replaying_from_the_start(
     seed: int, pages: int, ops: int, kind: str
 ) -> None:
@@ -263,10 +287,10 @@ def test_a_long_run_is_replayed_by_looking_at_its_end_only() -> None:
 
 @settings(max_examples=25)
 @given(
-    kind=st.sampled_from(["random", "sequential"]),
+    kind=st.sampled_from(WRITING),
     seed=seeds,
     ops=st.lists(st.integers(0, 400), min_size=1, max_size=3),
-    spare_pages=st.integers(0, 60),
+    spare_pages=st.integers(0, 200),
 )
 def test_the_guests_own_code_leaves_what_the_host_replays(
     harness: Path, kind: str, seed: int, ops: list[int], spare_pages: int

@@ -163,7 +163,14 @@ async def test_the_guest_says_what_it_runs_and_powers_off_when_told(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("kind", "threads", "vcpus"),
-    [("random", 1, 1), ("random", 2, 2), ("sequential", 1, 1), ("random", 3, 1), ("idle", 1, 1)],
+    [
+        ("random", 1, 1),
+        ("random", 2, 2),
+        ("sequential", 1, 1),
+        ("random", 3, 1),
+        ("scattered", 2, 2),
+        ("idle", 1, 1),
+    ],
 )
 async def test_ram_at_any_instant_is_what_the_host_replays(
     tmp_path: Path, kind: str, threads: int, vcpus: int
@@ -243,6 +250,7 @@ async def test_two_boots_have_two_nonces(tmp_path: Path) -> None:
         ("lab.threads=63", "lab.threads"),
         ("lab.workload=zipf", "lab.workload"),
         ("lab.seed=-1", "lab.seed"),
+        ("lab.time_writes=2", "lab.time_writes"),
         ("lab.unheard=1", "lab.unheard"),
         ("lab.workload=random lab.wss_mib=0", "lab.wss_mib"),
     ],
