@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.errors import HostError, UsageError
+from lab.errors import UsageError
 from lab.guest.build import Guest
 from lab.guest.protocol import kernel_command_line
-from lab.host import require_kvm, require_memory, thp_settings
+from lab.host import require_kvm
+from lab.ram import machine_option, ram_arguments, require_ram
 from lab.scenario import Machine, Workload
-
-QEMU_OVERHEAD_MIB = 96
-"""What QEMU needs besides guest RAM: its code, translated blocks and thread stacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +44,8 @@ def qemu_command(
     command = [str(binary), "-name", name]
     # Nothing in the machine that the scenario does not name, and nothing from the user's files.
     command += ["-nodefaults", "-no-user-config", "-display", "none"]
-    command += ["-M", machine_type, "-accel", machine.accel + threads]
-    command += ["-m", f"{machine.ram_mib}M", "-smp", str(machine.vcpus)]
+    command += ["-M", machine_type + machine_option(machine), "-accel", machine.accel + threads]
+    command += [*ram_arguments(machine), "-smp", str(machine.vcpus)]
     # With the guest's panic=-1 a panic ends QEMU instead of booting again without end.
     command += ["-no-reboot"]
     command += ["-chardev", f"socket,id=qmp,fd={channels.qmp}", "-mon", "chardev=qmp,mode=control"]
@@ -73,17 +71,12 @@ def _append(workload: Workload) -> str:
 def check_host(machine: Machine) -> None:
     """Refuse early what would fail late.  Under KVM it takes a moment, which it is tried out in.
 
-    :raise HostError: when there is not the memory, no KVM that runs a guest for an accelerator
-        that needs it, or transparent huge pages are asked for and switched off.
+    :raise HostError: when there is not the memory of the kind that is asked for, or no KVM that
+        runs a guest for an accelerator that needs it.
     """
-    require_memory(machine.ram_mib + QEMU_OVERHEAD_MIB, f"{machine.ram_mib} MiB of guest RAM")
+    require_ram(machine)
     if machine.accel == "kvm":
         require_kvm()
-    if machine.thp and thp_settings().get("enabled", "never") == "never":
-        raise HostError(
-            "transparent huge pages are switched off on this host",
-            "write madvise to /sys/kernel/mm/transparent_hugepage/enabled, or leave thp unset",
-        )
     check_arguments(machine.extra_args)
 
 

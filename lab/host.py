@@ -18,6 +18,7 @@ import psutil
 from lab.cache import cache_dir
 from lab.errors import HostError, LabError
 from lab.probe import KVM_DEVICE, UffdProbe, kvm_is_pvm, probe_kvm, probe_uffd
+from lab.scenario import HUGE_PAGE_MIB
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -36,6 +37,7 @@ _RECORDED_LIBRARIES = (
     "qemu.qmp",
 )
 _THP = Path("/sys/kernel/mm/transparent_hugepage")
+_HUGE_PAGES = Path(f"/sys/kernel/mm/hugepages/hugepages-{HUGE_PAGE_MIB * 1024}kB")
 # Write protection of anonymous memory came with Linux 5.7, of unpopulated pages with 6.4.
 _OLDEST_KERNEL = (5, 7)
 _COMFORTABLE_KERNEL = (6, 4)
@@ -211,6 +213,33 @@ def require_memory(needed_mib: int, what: str) -> None:
         )
 
 
+def huge_pages() -> tuple[int, int]:
+    """Return how many huge pages of 2 MiB the host has reserved, and how many of them are to be
+    had.  Both are zero on a host without any.
+    """
+    counts = {
+        name: int(_read(_HUGE_PAGES / f"{name}_hugepages") or 0) for name in ("nr", "free", "resv")
+    }
+    # Of the free ones some are promised to processes that have not touched them yet.
+    return counts["nr"], max(counts["free"] - counts["resv"], 0)
+
+
+def require_huge_pages(needed_mib: int, what: str) -> None:
+    """Check that so much memory can be had in huge pages of 2 MiB.
+
+    :param what: what needs it, such as "1024 MiB of guest RAM".
+    :raise HostError: when it cannot.
+    """
+    needed = -(-needed_mib // HUGE_PAGE_MIB)
+    reserved, available = huge_pages()
+    if available < needed:
+        raise HostError(
+            f"{what} need {needed} huge pages and {available} of {reserved} are available",
+            f"`sudo sysctl vm.nr_hugepages={reserved - available + needed}`, and as many again for"
+            " a second guest; or use another ram_kind",
+        )
+
+
 def require_disk(folder: Path, needed_mib: int, what: str, remedy: str) -> None:
     """Check that a folder's file system has so much room.
 
@@ -382,6 +411,16 @@ def _check_thp() -> list[Check]:
     return [Check(name="thp", status="ok", detail=detail)]
 
 
+def _check_huge_pages() -> list[Check]:
+    reserved, available = huge_pages()
+    if not reserved:
+        detail = f"no huge pages of {HUGE_PAGE_MIB} MiB reserved: no guest RAM of kind hugetlb"
+        remedy = f"`sudo sysctl vm.nr_hugepages=N`, one for each {HUGE_PAGE_MIB} MiB of guest RAM"
+        return [Check(name="huge pages", status="warn", detail=detail, remedy=remedy)]
+    detail = f"{available} of {reserved} of {HUGE_PAGE_MIB} MiB available"
+    return [Check(name="huge pages", status="ok", detail=detail)]
+
+
 def _check_kvm() -> list[Check]:
     if problem := kvm_problem():
         remedy = "guests run under TCG; for KVM use a host with hardware virtualisation"
@@ -466,6 +505,7 @@ _CHECKS: tuple[Callable[[], list[Check]], ...] = (
     _check_kernel,
     _check_cpu,
     _check_thp,
+    _check_huge_pages,
     _check_kvm,
     _check_room,
     _check_programs,

@@ -1,4 +1,4 @@
-"""Read the memory of a process that this one may trace, without stopping it.
+"""Read the memory of a process that this one may trace, without stopping it, and see what it is.
 
 `process_vm_readv` copies straight between address spaces: no exit of the guest, no signal, no
 lock that the target takes.  The parent of a process may use it on that process, and so may root.
@@ -8,7 +8,9 @@ A read is not atomic as a whole; an aligned 64-bit word in it is.
 import ctypes
 import errno
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -89,6 +91,56 @@ def read_process(pid: int, address: int, length: int) -> bytes:
         window.read()
         parts.append(bytes(window.buffer))
     return b"".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residency:
+    """What is mapped of a range of a process's memory, in bytes.
+
+    `resident`: pages of any size, among them huge pages.  `anon_huge` and `shmem_huge`:
+    transparent huge pages that are mapped as such.  `hugetlb`: reserved huge pages.
+    """
+
+    resident: int = 0
+    anon_huge: int = 0
+    shmem_huge: int = 0
+    hugetlb: int = 0
+
+
+def residency(pid: int, address: int, length: int) -> Residency:
+    """Return what is mapped of the mappings of process `pid` that begin in the range.
+
+    A RAM block of QEMU's has mappings of its own, so this is exact for a whole block.
+
+    :raise OSError: when the process is gone or may not be looked at.
+    """
+    with Path(f"/proc/{pid}/smaps").open() as lines:
+        return parse_residency(lines, address, length)
+
+
+_MAPPING = re.compile(r"([0-9a-f]+)-[0-9a-f]+ ")
+# Reserved huge pages are not counted in Rss.
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "Rss": ("resident",),
+    "AnonHugePages": ("anon_huge",),
+    "ShmemPmdMapped": ("shmem_huge",),
+    "Shared_Hugetlb": ("hugetlb", "resident"),
+    "Private_Hugetlb": ("hugetlb", "resident"),
+}
+
+
+def parse_residency(lines: Iterable[str], address: int, length: int) -> Residency:
+    """Add up what /proc/PID/smaps says about the mappings that begin in the range."""
+    counts = dict.fromkeys(("resident", "anon_huge", "shmem_huge", "hugetlb"), 0)
+    inside = False
+    for line in lines:
+        if mapping := _MAPPING.match(line):
+            inside = address <= int(mapping[1], 16) < address + length
+        elif inside:
+            name, _, value = line.partition(":")
+            for field in _FIELDS.get(name, ()):
+                counts[field] += int(value.split()[0]) * 1024
+    return Residency(**counts)
 
 
 def _ptrace_remedy() -> str:

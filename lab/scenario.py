@@ -30,7 +30,7 @@ else:
     _T = TypeVar("_T")
 
 Accel = Literal["tcg", "kvm"]
-RamKind = Literal["anon"]
+RamKind = Literal["anon", "memfd", "memfd-private", "file", "file-private", "hugetlb"]
 WorkloadKind = Literal["idle", "sequential", "random", "scattered"]
 Variant = Literal["patched", "unpatched"]
 Mechanism = Literal["background", "precopy", "stopped"]
@@ -40,6 +40,9 @@ MIN_RAM_MIB = 128
 
 RAM_RESERVE_MIB = 96
 """Guest RAM that a working set can not have: the kernel, its page tables and the initramfs."""
+
+HUGE_PAGE_MIB = 2
+"""What guest RAM of the kind `hugetlb` consists of."""
 
 MAX_VCPUS = 255
 """The limit of QEMU's `pc` machine type."""
@@ -70,6 +73,7 @@ def _require_strings(name: str, value: object) -> None:
 class Machine:
     """The virtual machine: a QEMU `pc` with nothing in it but RAM, vCPUs and a serial port.
 
+    `ram_kind` is what backs guest RAM; `lab.ram` says what each kind is.
     `thp` False forbids transparent huge pages to the QEMU process, True asks for them (QEMU asks
     by itself, so True only states what is expected) and None leaves the host's policy as it is.
     `extra_args` go to the end of QEMU's command line, for disks and network devices.
@@ -93,6 +97,17 @@ class Machine:
         _require_int("vcpus", self.vcpus, 1, MAX_VCPUS)
         _require_choice("accel", self.accel, Accel)
         _require_choice("ram_kind", self.ram_kind, RamKind)
+        huge = self.ram_kind == "hugetlb"
+        _require(
+            not huge or self.ram_mib % HUGE_PAGE_MIB == 0,
+            f"{self.ram_mib} MiB of RAM can not be made of huge pages of {HUGE_PAGE_MIB} MiB",
+            f"use a multiple of {HUGE_PAGE_MIB}, or another ram_kind",
+        )
+        _require(
+            not (huge and self.thp),
+            "RAM of huge pages can not have transparent ones",
+            "leave thp unset, or use another ram_kind",
+        )
         _require_strings("extra_args", self.extra_args)
 
 

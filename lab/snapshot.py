@@ -379,6 +379,12 @@ class _Attempt:
                     "run as root on Linux 5.7 or later, or set vm.unprivileged_userfaultfd=1; "
                     "`lab doctor` says which",
                 ) from error
+            if background and "guest memory configuration" in error.cause:
+                raise HostError(
+                    f"{self.how.name} can not write-protect guest RAM of kind "
+                    f"{vm.machine.ram_kind}: {error.cause}",
+                    _unprotectable_remedy(vm.machine.ram_kind),
+                ) from error
             raise
         parameters: dict[str, object] = {
             # 0 is no limit; the default of 128 MiB/s would not let a busy guest converge.
@@ -524,6 +530,14 @@ class _Attempt:
         return None if event is None else event.time_us * 1000 - self.clock_offset_ns
 
 
+def _unprotectable_remedy(ram_kind: str) -> str:
+    if ram_kind.startswith("file"):
+        return "set LAB_RAM_DIR to a folder on a tmpfs: files elsewhere can not be protected"
+    return (
+        "run on Linux 5.19 or newer, or use ram_kind anon; see wp-hugetlbfs-shmem in `lab doctor`"
+    )
+
+
 def _states(capabilities: dict[str, bool]) -> list[dict[str, object]]:
     return [{"capability": name, "state": state} for name, state in capabilities.items()]
 
@@ -597,12 +611,14 @@ def _check_disk(vm: VM, how: Method, image: Path) -> None:
 
 
 def _resident_bytes(pid: int) -> int:
-    # No file, or none of the line: the process has just ended, and the next command tells why.
+    total_kib = 0
+    # No file, or none of the lines: the process has just ended, and the next command tells why.
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return 0
+            # Guest RAM is one of the four, according to its kind.
+            if line.startswith(("RssAnon:", "RssShmem:", "RssFile:", "HugetlbPages:")):
+                total_kib += int(line.split()[1])
+    return total_kib * 1024
 
 
 def _publish(vm: VM, how: Method, partial: Path, image: Path) -> int:

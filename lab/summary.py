@@ -11,6 +11,7 @@ import pandas as pd
 
 from lab.errors import RunError
 from lab.run import Run, RunSet
+from lab.scenario import Machine, to_json
 from lab.stats import Comparison, check_stability, compare, median, quantile_interval
 from lab.tables import DIMENSIONS, METRICS, SUMMARY_FIELDS, Slowdown, df_runs, varying
 
@@ -210,12 +211,18 @@ class Side:
     def dimensions(self) -> dict[str, Any]:
         """Parameters, build and host."""
         first = self.runs[0]
-        return {name: first.summary.get(name) for name in DIMENSIONS} | {
-            "build": first.build,
-            "kernel": first.record.host.get("kernel"),
-            "cpu_model": first.record.host.get("cpu_model"),
-            "image_filesystem": first.record.host.get("image_filesystem"),
-        }
+        # A run of an older version of the lab does not name what did not exist then.
+        machine: dict[str, Any] = to_json(Machine()) | first.record.scenario.get("machine", {})
+        return (
+            machine
+            | {name: first.summary.get(name) for name in DIMENSIONS}
+            | {
+                "build": first.build,
+                "kernel": first.record.host.get("kernel"),
+                "cpu_model": first.record.host.get("cpu_model"),
+                "image_filesystem": first.record.host.get("image_filesystem"),
+            }
+        )
 
 
 def sides(

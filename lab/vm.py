@@ -101,9 +101,9 @@ class VM:
 
     def __repr__(self) -> str:
         return (
-            f"VM(pid={self.pid}, {self.machine.ram_mib} MiB, {self.machine.vcpus} vCPU, "
-            f"{self.machine.accel}, {self.workload.kind}, QEMU {self.binary.version} "
-            f"{self.binary.variant})"
+            f"VM(pid={self.pid}, {self.machine.ram_mib} MiB {self.machine.ram_kind}, "
+            f"{self.machine.vcpus} vCPU, {self.machine.accel}, {self.workload.kind}, "
+            f"QEMU {self.binary.version} {self.binary.variant})"
         )
 
     def _repr_html_(self) -> str:
@@ -111,7 +111,7 @@ class VM:
         return html_row(
             {
                 "guest": "ended" if ended else f"process {self.pid}",
-                "RAM": f"{self.machine.ram_mib} MiB",
+                "RAM": f"{self.machine.ram_mib} MiB {self.machine.ram_kind}",
                 "vCPUs": str(self.machine.vcpus),
                 "accelerator": self.machine.accel,
                 "workload": self.workload.kind,

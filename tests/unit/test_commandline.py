@@ -1,14 +1,15 @@
 """The same machine gives the same command line; what can not work is refused before."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from lab import commandline, host
+from lab import host, ram
 from lab.commandline import Channels, check_host, qemu_command
 from lab.errors import HostError, UsageError
 from lab.guest.build import Guest
-from lab.scenario import Machine, Workload
+from lab.scenario import Machine, RamKind, Workload
 
 GUEST = Guest(
     kernel=Path("/k"),
@@ -41,6 +42,75 @@ def test_a_restore_differs_from_a_boot_only_in_where_it_starts() -> None:
     assert booted[-2:] == ["-device", "virtio-rng-pci"]
 
 
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_anonymous_ram_is_qemus_own() -> None:
+    command = command_for(Machine(ram_mib=512))
+    assert option(command, "-M") == "pc-i440fx-10.0"
+    assert option(command, "-m") == "512M"
+    assert "-object" not in command
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend", "share", "more"),
+    [
+        ("memfd", "memory-backend-memfd", "share=on", set()),
+        ("memfd-private", "memory-backend-memfd", "share=off", set()),
+        ("file", "memory-backend-file", "share=on", {"mem-path=/dev/shm"}),
+        ("file-private", "memory-backend-file", "share=off", {"mem-path=/dev/shm"}),
+        ("hugetlb", "memory-backend-memfd", "share=on", {"hugetlb=on", "hugetlbsize=2M"}),
+    ],
+)
+def test_other_ram_is_a_backend_of_the_same_name_and_size(
+    kind: RamKind, backend: str, share: str, more: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LAB_RAM_DIR", raising=False)
+    command = command_for(Machine(ram_mib=512, ram_kind=kind))
+    assert option(command, "-M") == "pc-i440fx-10.0,memory-backend=pc.ram"
+    assert option(command, "-m") == "512M"
+    found, *properties = option(command, "-object").split(",")
+    assert found == backend
+    named = {"id=pc.ram", "x-use-canonical-path-for-ramblock-id=off", "size=512M"}
+    assert set(properties) == named | {share} | more
+
+
+def test_ram_in_files_is_where_the_environment_says_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAB_RAM_DIR", str(tmp_path / "a,share=on"))
+    command = command_for(Machine(ram_kind="file-private"))
+    assert option(command, "-object").endswith(f"mem-path={tmp_path}/a,,share=on")
+    with pytest.raises(HostError, match="name a folder that exists"):
+        check_host(Machine(ram_mib=128, ram_kind="file"))
+    monkeypatch.setenv("LAB_RAM_DIR", str(tmp_path))
+    check_host(Machine(ram_mib=128, ram_kind="file"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=64 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(HostError, match=r"128 MiB in .* 64 MiB are free; .*LAB_RAM_DIR"):
+        check_host(Machine(ram_mib=128, ram_kind="file"))
+
+
+def test_huge_pages_that_are_not_reserved_are_refused_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Machine(ram_mib=128, ram_kind="hugetlb")
+    monkeypatch.setattr(host, "huge_pages", lambda: (70, 64))
+    check_host(machine)
+    monkeypatch.setattr(host, "huge_pages", lambda: (70, 60))
+    with pytest.raises(HostError, match=r"need 64 .* 60 of 70 .*nr_hugepages=74") as caught:
+        check_host(machine)
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_that_is_there_twice_is_asked_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "available_memory_mib", lambda: 1000)
+    check_host(Machine(ram_mib=512, ram_kind="memfd"))
+    with pytest.raises(HostError, match="need 1120 MiB"):
+        check_host(Machine(ram_mib=512, ram_kind="memfd-private"))
+
+
 def test_several_vcpus_get_a_thread_each() -> None:
     assert "tcg,thread=multi" in command_for(Machine(vcpus=2))
     assert "tcg" in command_for(Machine(vcpus=1))
@@ -64,10 +134,16 @@ def test_more_ram_than_the_host_has_is_refused_with_both_numbers(
 def test_huge_pages_that_the_host_forbids_can_not_be_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(commandline, "thp_settings", lambda: {"enabled": "never"})
+    settings = {"enabled": "never", "shmem_enabled": "advise"}
+    monkeypatch.setattr(ram, "thp_settings", lambda: settings)
     check_host(Machine(ram_mib=128))
-    with pytest.raises(HostError, match="transparent huge pages"):
+    check_host(Machine(ram_mib=128, ram_kind="memfd", thp=True))
+    with pytest.raises(HostError, match=r"transparent huge pages.*madvise .*/enabled"):
         check_host(Machine(ram_mib=128, thp=True))
+    settings |= {"enabled": "madvise", "shmem_enabled": "never"}
+    check_host(Machine(ram_mib=128, thp=True))
+    with pytest.raises(HostError, match=r"transparent huge pages.*advise .*/shmem_enabled"):
+        check_host(Machine(ram_mib=128, ram_kind="memfd", thp=True))
 
 
 @pytest.mark.parametrize(

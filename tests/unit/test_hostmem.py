@@ -1,12 +1,15 @@
 """Memory of another process is read as it is, or an error says why not."""
 
+import ctypes
+import mmap
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 
-from lab.hostmem import RemoteWindow, read_process
+from lab.hostmem import RemoteWindow, Residency, parse_residency, read_process, residency
 
 # Holds a page of known content at a known address until its stdin is closed.
 _HOLDER = """
@@ -68,6 +71,31 @@ def test_a_process_that_is_gone_is_an_error(holder: Holder) -> None:
     holder.process.wait()
     with pytest.raises(OSError, match="process_vm_readv"):
         read_process(holder.process.pid, holder.address, 8)
+
+
+def test_what_is_mapped_is_counted_for_the_mappings_that_begin_in_the_range() -> None:
+    def mapping(start: int, **fields: int) -> list[str]:
+        lines = [f"{name}: {kib:10} kB\n" for name, kib in fields.items()]
+        return [f"{start:x}-{start + 4096:x} rw-p 00000000 00:00 0    [a]\n", *lines]
+
+    smaps = [
+        *mapping(0x1000, Rss=1, AnonHugePages=1),
+        *mapping(0x2000, Size=99, Rss=8, AnonHugePages=4, ShmemPmdMapped=2, Swap=77),
+        *mapping(0x3000, Rss=0, Shared_Hugetlb=16, Private_Hugetlb=32),
+        "VmFlags: rd wr mr mw me ac sd\n",
+        *mapping(0x4000, Rss=1),
+    ]
+    assert parse_residency(smaps, 0x2000, 0x2000) == Residency(
+        resident=56 << 10, anon_huge=4 << 10, shmem_huge=2 << 10, hugetlb=48 << 10
+    )
+
+
+def test_memory_that_is_written_becomes_resident() -> None:
+    memory = mmap.mmap(-1, 16 << 20)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert residency(os.getpid(), address, 16 << 20).resident == 0
+    memory[: 1 << 20] = bytes(1 << 20)
+    assert residency(os.getpid(), address, 16 << 20).resident >= 1 << 20
 
 
 @pytest.mark.parametrize("length", [0, -1, (1 << 30) + 1])

@@ -29,6 +29,7 @@ machines = st.builds(
     ram_mib=st.integers(MIN_RAM_MIB, 65536),
     vcpus=st.integers(1, 8),
     accel=st.sampled_from(["tcg", "kvm"]),
+    ram_kind=st.sampled_from(["anon", "memfd", "memfd-private", "file", "file-private"]),
     thp=st.none() | st.booleans(),
     extra_args=st.lists(st.text(max_size=8), max_size=3).map(tuple),
 )
@@ -114,6 +115,9 @@ def test_an_unknown_key_deep_inside_is_refused() -> None:
         lambda: Machine(vcpus=0),
         lambda: Machine(vcpus=True),
         lambda: Machine(**_untyped({"accel": "xen"})),
+        lambda: Machine(**_untyped({"ram_kind": "silk"})),
+        lambda: Machine(ram_kind="hugetlb", ram_mib=257),
+        lambda: Machine(ram_kind="hugetlb", thp=True),
         lambda: Machine(**_untyped({"extra_args": ["-S"]})),
         lambda: Workload(**_untyped({"kind": "busy"})),
         lambda: Workload(threads=0),

@@ -119,6 +119,19 @@ def test_a_comparison_names_only_what_differs(make_synthetic_set: MakeSet) -> No
     assert "method: live-rfc -> background" in across
 
 
+def test_a_comparison_names_what_backs_the_ram_where_that_differs(
+    make_synthetic_set: MakeSet, make_record: MakeRecord
+) -> None:
+    a, b = make_synthetic_set("a"), make_synthetic_set("b", finish=False)
+    scenario = {"machine": {"ram_mib": 128, "ram_kind": "memfd"}}
+    changed = make_record("live-rfc", 40, scenario=scenario, summary=a.runs[0].summary)
+    left = summary.Side("a", [a.runs[0]])
+    right = summary.Side("b", [b.append(changed, {})])
+    text = summary.comparison_text(left, right)
+    assert "ram_kind: anon -> memfd" in text
+    assert "thp" not in text
+
+
 def test_sets_without_a_common_method_are_refused(make_synthetic_set: MakeSet) -> None:
     a = make_synthetic_set("a", methods=("live-rfc",))
     b = make_synthetic_set("b", methods=("background",))

@@ -4,7 +4,6 @@ import asyncio
 import shutil
 import stat
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -85,23 +84,8 @@ async def test_an_image_where_each_page_has_its_place_is_restored_by_many_thread
         await again.snapshot(image, "live", progress=False)
 
 
-async def test_the_oracle_finds_one_changed_byte(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A known error: one byte of one page of the image is changed before the restore."""
-
-    def restore_damaged(
-        path: Path, *, paused: bool, channels: int
-    ) -> AbstractAsyncContextManager[VM]:
-        with path.open("r+b") as file:
-            # The middle of the image is page data, of which a header is a 512th.
-            file.seek(path.stat().st_size // 2 // 4096 * 4096 + 2048)
-            byte = file.read(1)[0]
-            file.seek(-1, 1)
-            file.write(bytes([byte ^ 0x40]))
-        return lab.restore(path, paused=paused, channels=channels)
-
-    monkeypatch.setattr("lab.oracle.restore", restore_damaged)
+@pytest.mark.usefixtures("damage_images")
+async def test_the_oracle_finds_one_changed_byte(tmp_path: Path) -> None:
     async with lab.boot(*small(), binary="unpatched") as vm:
         found = await verify_method(vm, "stop-and-copy", tmp_path)
     assert not found.equal

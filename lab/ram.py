@@ -1,0 +1,88 @@
+"""What backs the guest's RAM: QEMU's arguments for each kind, and what the host has to have for it.
+
+`anon`
+    anonymous memory of the QEMU process, which is QEMU's own default.
+`memfd`, `memfd-private`
+    a memfd, mapped shared or private.  Private, a page belongs to the process once it is written.
+`file`, `file-private`
+    a file without a name in `LAB_RAM_DIR` (by default /dev/shm), mapped shared or private.  It
+    goes with QEMU, however that ends.  Only on a tmpfs can it be write-protected, that is,
+    snapshotted live.
+`hugetlb`
+    reserved huge pages of 2 MiB, shared, which are protected, saved and released as a whole.
+
+The RAM block is called `pc.ram` in every kind, so an image does not depend on the kind it was
+taken of.
+"""
+
+import os
+from pathlib import Path
+
+from lab.errors import HostError
+from lab.host import require_disk, require_huge_pages, require_memory, thp_settings
+from lab.scenario import HUGE_PAGE_MIB, Machine
+
+DEFAULT_RAM_DIR = Path("/dev/shm")
+
+QEMU_OVERHEAD_MIB = 96
+"""What QEMU needs besides guest RAM: its code, translated blocks and thread stacks."""
+
+_BLOCK_NAME = "pc.ram"
+
+
+def ram_dir() -> Path:
+    """Return the folder for RAM of the `file` kinds: ``$LAB_RAM_DIR``, or /dev/shm."""
+    return Path(os.environ.get("LAB_RAM_DIR") or DEFAULT_RAM_DIR).absolute()
+
+
+def machine_option(machine: Machine) -> str:
+    """Return what QEMU's `-M` needs besides the machine's type."""
+    return "" if machine.ram_kind == "anon" else f",memory-backend={_BLOCK_NAME}"
+
+
+def ram_arguments(machine: Machine) -> list[str]:
+    """Return QEMU's arguments for the guest's RAM."""
+    size = ["-m", f"{machine.ram_mib}M"]
+    if machine.ram_kind == "anon":
+        return size
+    kind, _, private = machine.ram_kind.partition("-")
+    # Without the canonical path the block is called as it would be without a backend.
+    common = f"id={_BLOCK_NAME},x-use-canonical-path-for-ramblock-id=off,size={machine.ram_mib}M"
+    common += f",share={'off' if private else 'on'}"
+    if kind == "file":
+        # In a folder QEMU makes a file and unlinks it at once.  A comma is written twice.
+        path = str(ram_dir()).replace(",", ",,")
+        return [*size, "-object", f"memory-backend-file,{common},mem-path={path}"]
+    huge = f",hugetlb=on,hugetlbsize={HUGE_PAGE_MIB}M" if kind == "hugetlb" else ""
+    return [*size, "-object", f"memory-backend-memfd,{common}{huge}"]
+
+
+def require_ram(machine: Machine) -> None:
+    """Refuse a machine whose RAM this host does not have.
+
+    :raise HostError: when memory, huge pages or room in `LAB_RAM_DIR` are missing, or transparent
+        huge pages are asked for and switched off for this kind of memory.
+    """
+    what = f"{machine.ram_mib} MiB of guest RAM"
+    kind, _, private = machine.ram_kind.partition("-")
+    if kind == "hugetlb":
+        require_memory(QEMU_OVERHEAD_MIB, "QEMU without its guest's RAM")
+        require_huge_pages(machine.ram_mib, what)
+    else:
+        # A private page is there twice: as it was read from the file, and as it was written.
+        copies = 2 if private else 1
+        require_memory(machine.ram_mib * copies + QEMU_OVERHEAD_MIB, what)
+    if kind == "file":
+        remedy = "make room, or set LAB_RAM_DIR to a folder on a larger tmpfs"
+        require_disk(ram_dir(), machine.ram_mib, what, remedy)
+    if machine.thp:
+        _require_thp("enabled" if kind == "anon" else "shmem_enabled")
+
+
+def _require_thp(setting: str) -> None:
+    if thp_settings().get(setting, "never") in ("never", "deny"):
+        choice = "madvise" if setting == "enabled" else "advise"
+        raise HostError(
+            "transparent huge pages are switched off on this host",
+            f"write {choice} to /sys/kernel/mm/transparent_hugepage/{setting}, or leave thp unset",
+        )
