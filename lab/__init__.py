@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lab.plots import plot_fault_histogram as plot_fault_histogram
     from lab.plots import plot_fault_latency as plot_fault_latency
     from lab.plots import plot_faults_over_time as plot_faults_over_time
+    from lab.plots import plot_floor as plot_floor
     from lab.plots import plot_phases as plot_phases
     from lab.run import Run as Run
     from lab.run import RunSet as RunSet
@@ -62,6 +63,7 @@ _LAZY: dict[str, str] = {
     "plot_fault_histogram": "lab.plots",
     "plot_fault_latency": "lab.plots",
     "plot_faults_over_time": "lab.plots",
+    "plot_floor": "lab.plots",
     "plot_phases": "lab.plots",
     "plot_slowdown": "lab.figures",
     "restore": "lab.vm",

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 
 from lab import plots, tables
 from lab.errors import RunError, UsageError
+from lab.floor.summary import df_floor_medians
 from lab.run import Run, RunSet
 
 
@@ -107,6 +108,35 @@ def phases_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
     ax = plots.plot_phases(tables.df_phases_by_method(runs), ax=ax)
     methods = list(dict.fromkeys(run.record.method for run in runs))
     return plots.stamp(ax, plots.stamp_text(run_set, methods))
+
+
+def floor_figures(run_set: RunSet) -> list[Axes]:
+    """What a floor set has data for: one write fault by who serves it, and the steps in bulk."""
+    medians = df_floor_medians(run_set)
+    faults = medians[medians["stage"] == "fault"]
+    bulk = medians[medians["stage"].isin(["call", "write"])]
+    drawn = []
+    with plots.styled():
+        if len(faults):
+            drawn.append(plots.plot_floor(faults))
+            drawn[-1].set_title("One write fault: how long the writer waits")
+        if len(bulk):
+            drawn.append(plots.plot_floor(bulk, per_gib=True))
+            drawn[-1].set_title("Steps in bulk")
+    return [plots.stamp(ax, floor_stamp_text(run_set)) for ax in drawn]
+
+
+def floor_stamp_text(run_set: RunSet) -> str:
+    """What a reader must know of a floor set: rounds, host, date."""
+    host = run_set.record.host
+    parts = [
+        f"n={len(run_set.measured())} rounds",
+        f"{host.get('cpu_count', '?')} CPUs, {host.get('cpu_model', 'unknown')}",
+        f"Linux {host.get('kernel', 'unknown')}",
+        f"files on {host.get('image_filesystem', 'unknown')}",
+        f"set {run_set.name}, {run_set.record.created_utc[:10]}",
+    ]
+    return " | ".join(parts)
 
 
 def available(run_set: RunSet) -> Mapping[str, bool]:

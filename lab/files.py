@@ -16,3 +16,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)
     partial.replace(path)
+
+
+def content_key(*parts: bytes) -> str:
+    """Sixteen hexadecimal digits that stand for all the parts: a name for what is made of them.
+
+    Where one part ends and the next begins counts too.
+    """
+    key = hashlib.sha256()
+    for part in parts:
+        key.update(len(part).to_bytes(8, "little") + part)
+    return key.hexdigest()[:16]

@@ -146,6 +146,16 @@ def open_set(path: Path, plan: Plan, ground: Ground, note: str = "") -> run.RunS
     Raises RunError when it is complete, was recorded with another plan, or with other builds.
     """
     document = run.jsonable(to_json(plan)) | {"order": [slot.method for slot in slots(plan)]}
+    return open_recording(path, document, ground, note)
+
+
+def open_recording(
+    path: Path, document: Mapping[str, Any], ground: Ground, note: str = ""
+) -> run.RunSet:
+    """Make the run set for the plan that `document` holds, or open the one that is there.
+
+    Raises RunError when it is complete, was recorded with another plan, or with other builds.
+    """
     if not (path / "set.json").exists():
         return run.create_set(
             path, plan=document, host=ground.host, binaries=ground.binaries, lab=_lab(), note=note
@@ -162,9 +172,7 @@ def open_set(path: Path, plan: Plan, ground: Ground, note: str = "") -> run.RunS
             "name another --out, or give the same arguments",
         )
     if found.record.binaries != run.jsonable(ground.binaries):
-        raise RunError(
-            f"{path} was begun with other builds of QEMU or the guest", "name another --out"
-        )
+        raise RunError(f"{path} was begun with other builds", "name another --out")
     return found
 
 

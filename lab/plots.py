@@ -332,6 +332,35 @@ def _log_x(ax: Axes, values: pd.Series) -> None:
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
+def plot_floor(medians: pd.DataFrame, *, per_gib: bool = False, ax: Axes | None = None) -> Axes:
+    """What each step of a snapshot costs by itself: a point at the median over rounds, a bar over
+    its interval, log scale.
+
+    :param medians: rows of `lab.floor.summary.df_floor_medians`, drawn in their order.
+    :param per_gib: ms a GiB instead of us a step; rows of no size are left out.
+    """
+    data = medians.dropna(subset=["ms_per_gib"]) if per_gib else medians
+    if ax is None:
+        with styled():
+            ax = plt.subplots(figsize=(7.2, 1.1 + 0.22 * len(data)))[1]
+    # Per GiB, a step's interval grows by the same factor as its median.
+    factor = data["ms_per_gib"] / data["median_us"] if per_gib else 1.0
+    middle, low, high = (data[name] * factor for name in ("median_us", "low_us", "high_us"))
+    kinds = list(dict.fromkeys(data["benchmark"]))
+    for row, benchmark in enumerate(data["benchmark"]):
+        shade = COLOURS[kinds.index(benchmark) % len(COLOURS)]
+        ax.plot([low.iloc[row], high.iloc[row]], [row] * 2, color=shade, linewidth=2, alpha=0.6)
+        ax.plot([middle.iloc[row]], [row], "o", color=shade, markersize=4.5)
+    places = data["ram_kind"].fillna(data["target"]).fillna("")
+    names = [f"{step}, {place}" for step, place in zip(data["label"], places, strict=True)]
+    ax.set_yticks(range(len(names)), names, fontsize=7.5)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    _log_x(ax, pd.concat([low, high]))
+    ax.grid(visible=False, axis="y")
+    ax.set_xlabel("ms a GiB" if per_gib else "us")
+    return ax
+
+
 def plot_faults_over_time(faults: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Latency of every fault against when it was read, one colour per who resolved it.
 

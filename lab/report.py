@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lab import figures, plots
+from lab.floor.summary import df_floor_readable, skipped
 from lab.run import RunSet
 from lab.summary import definitions, df_methods, df_readable, shown, warnings_of
-from lab.tables import METRICS, df_runs
+from lab.tables import COLUMNS, METRICS, df_runs
 
 _CSS = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; color: #222; }
@@ -51,6 +52,23 @@ _LIMITS = (
     "Figures are of one host and one guest. Nested virtualisation makes inter-processor "
     "interrupts, and with them "
     "releasing a page, several times dearer than on bare metal.",
+)
+
+_FLOOR_LIMITS = (
+    "A sample is one round, and each step of it is timed in a process of its own: what repeats "
+    "within one process shares its memory and its moment.",
+    "Threads whose place matters are tied to one CPU each. A scheduler that is free to choose "
+    "mixes these cases.",
+    "Faults come one at a time, with at least 50 us between them: the handler never has a queue.",
+    "Of a fault, `until the writer goes on` is negative where the writer ran on before the call "
+    "that released the page had returned to the handler.",
+    "Releasing is from the start of the memory onwards: of one huge page after the other only the "
+    "first call in each splits it.",
+    "What is written goes to the page cache where it is not `direct`; `sync` is what the medium "
+    "still took. Memory was taken from the host before, so that it is not the host's memory "
+    "management that is timed.",
+    "Figures are of one host. Nested virtualisation makes inter-processor interrupts, and with "
+    "them releasing a page while another thread runs, several times dearer than on bare metal.",
 )
 
 
@@ -102,19 +120,10 @@ def render_report(run_set: RunSet) -> str:
     Numbers are computed from the set; nothing is typed in.  A set without a run that counts gives
     a report that says so.
     """
-    record = run_set.record
+    if run_set.kind == "floor":
+        return _floor_report(run_set)
     title = html.escape(f"Live snapshots: {run_set.name}")
-    parts = [
-        "<!doctype html><html lang=en><head><meta charset=utf-8>",
-        f"<title>{title}</title><style>{_CSS}</style></head><body><h1>{title}</h1>",
-        f"<p class=note>{html.escape(plots.stamp_text(run_set))}</p>",
-    ]
-    if record.note:
-        parts.append(f"<p>{html.escape(record.note)}</p>")
-    if not run_set.complete:
-        parts.append(
-            "<p><b>This set is unfinished: methods may have different numbers of boots.</b></p>"
-        )
+    parts = [*_head(title, plots.stamp_text(run_set)), *_note(run_set, "boots")]
     parts.append("<h2>Summary</h2>")
     parts.append(_table(df_readable(df_methods(run_set))))
     parts.append(
@@ -124,21 +133,73 @@ def render_report(run_set: RunSet) -> str:
     )
     caveats = warnings_of(run_set)
     if caveats:
-        parts.append("<h2>Caveats of this set</h2><ul>")
-        parts += [f"<li>{html.escape(caveat)}</li>" for caveat in caveats]
-        parts.append("</ul>")
+        parts += _list("Caveats of this set", caveats)
     parts += _figures(run_set)
     parts.append("<h2>Every run</h2>" + _table(_every_run(run_set)))
     parts.append("<h2>What each number is</h2>" + _table(definitions(), "text"))
-    parts.append("<h2>What the numbers do not show</h2><ul>")
-    parts += [f"<li>{html.escape(limit)}</li>" for limit in _LIMITS]
+    parts += _list("What the numbers do not show", _LIMITS)
+    return "\n".join(parts + _tail(run_set))
+
+
+def _floor_report(run_set: RunSet) -> str:
+    """The report on a set that `lab measure floor` recorded: table, figures, definitions, host."""
+    title = html.escape(f"The floor: {run_set.name}")
+    parts = [*_head(title, figures.floor_stamp_text(run_set)), *_note(run_set, "rounds")]
     parts.append(
-        "</ul><h2>Plan</h2>" + _pairs({k: v for k, v in record.plan.items() if k != "order"})
+        "<p>What this host's kernel asks for each step of a live snapshot, with no VM.</p>"
+        "<h2>Summary</h2>"
     )
-    parts.append("<h2>Host</h2>" + _pairs(record.host))
-    parts.append("<h2>Builds</h2>" + _pairs(record.binaries | {"lab": record.lab}))
-    parts.append(f"<p class=note>Recorded {html.escape(record.created_utc)}.</p></body></html>")
-    return "\n".join(parts)
+    parts.append(_table(df_floor_readable(run_set)))
+    parts.append(
+        "<p class=note>Median over rounds [order-statistic interval of the median, at most 95 "
+        "%; with fewer than six rounds it is lowest to highest and covers less].</p>"
+    )
+    if caveats := skipped(run_set):
+        parts += _list("Caveats of this set", caveats)
+    with plots.styled():
+        parts += [_png(axes) for axes in figures.floor_figures(run_set)]
+    figures.close_all()
+    columns = [(name, column.unit, column.doc) for name, column in COLUMNS["floor"].items()]
+    stored = pd.DataFrame(columns, columns=["column", "unit", "meaning"])
+    parts.append("<h2>What is stored</h2>" + _table(stored, "text"))
+    parts += _list("What the numbers do not show", _FLOOR_LIMITS)
+    return "\n".join(parts + _tail(run_set))
+
+
+def _head(title: str, stamp: str) -> list[str]:
+    return [
+        "<!doctype html><html lang=en><head><meta charset=utf-8>",
+        f"<title>{title}</title><style>{_CSS}</style></head><body><h1>{title}</h1>",
+        f"<p class=note>{html.escape(stamp)}</p>",
+    ]
+
+
+def _note(run_set: RunSet, samples: str) -> list[str]:
+    parts = []
+    if run_set.record.note:
+        parts.append(f"<p>{html.escape(run_set.record.note)}</p>")
+    if not run_set.complete:
+        text = f"This set is unfinished: methods may have different numbers of {samples}."
+        parts.append(f"<p><b>{text}</b></p>")
+    return parts
+
+
+def _list(title: str, items: Sequence[str]) -> list[str]:
+    return [
+        f"<h2>{title}</h2><ul>",
+        *(f"<li>{html.escape(item)}</li>" for item in items),
+        "</ul>",
+    ]
+
+
+def _tail(run_set: RunSet) -> list[str]:
+    record = run_set.record
+    return [
+        "<h2>Plan</h2>" + _pairs({k: v for k, v in record.plan.items() if k != "order"}),
+        "<h2>Host</h2>" + _pairs(record.host),
+        "<h2>Builds</h2>" + _pairs(record.binaries | {"lab": record.lab}),
+        f"<p class=note>Recorded {html.escape(record.created_utc)}.</p></body></html>",
+    ]
 
 
 def _figures(run_set: RunSet) -> list[str]:

@@ -398,6 +398,11 @@ class RunSet:
         return self.record.name
 
     @property
+    def kind(self) -> str:
+        """What its runs measured: `snapshot`, or `floor` (`lab measure floor`)."""
+        return str(self.record.plan.get("kind", "snapshot"))
+
+    @property
     def complete(self) -> bool:
         return self.record.status == "complete"
 
@@ -413,7 +418,13 @@ class RunSet:
     def _repr_html_(self) -> str:
         from lab.summary import df_methods, df_readable
 
-        table: str = df_readable(df_methods(self)).to_html(index=False, border=0, na_rep="-")
+        if self.kind == "floor":
+            from lab.floor.summary import df_floor_readable
+
+            readable = df_floor_readable(self)
+        else:
+            readable = df_readable(df_methods(self))
+        table: str = readable.to_html(index=False, border=0, na_rep="-")
         return table
 
     def measured(self, method: str | None = None) -> list[Run]:

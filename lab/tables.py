@@ -101,6 +101,22 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "end_ns": Column("ns", "CLOCK_MONOTONIC at its end"),
         "duration_ns": Column("ns", "end_ns - start_ns"),
     },
+    "floor": {
+        "block": Column("1", "place of the block in its run, from 0; a block is one process"),
+        "benchmark": Column("", "what was measured: arm, unprotect, fault, copy, scan or write"),
+        "variant": Column("", "in which way"),
+        "stage": Column("", "which step of it was timed"),
+        "ram_kind": Column("", "kind of memory; NA for a file"),
+        "target": Column(
+            "", "where a file was written: `image-dir` or `tmpfs` (/dev/shm); NA for memory"
+        ),
+        "pages": Column("pages", "4 KiB pages that the step handled"),
+        "busy_threads": Column("1", "threads that computed meanwhile in the same process"),
+        "sample": Column("1", "place of the sample among those of its block and stage, from 0"),
+        "value_ns": Column(
+            "ns", "how long the step took; negative where the first of two instants came later"
+        ),
+    },
 }
 
 SUMMARY_FIELDS: dict[str, Column] = {

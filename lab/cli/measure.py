@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lab.cli import measure_floor
 from lab.errors import HostError
 from lab.progress import ProgressLine
 from lab.scenario import METHODS, Machine, Workload, add_arguments, from_arguments
@@ -69,6 +70,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--json", action="store_true", help="one JSON object a run on stdout")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be measured")
     parser.set_defaults(handler=_measure)
+    measure_floor.register(parser)
 
 
 async def _measure(args: argparse.Namespace) -> int:

@@ -1,0 +1,164 @@
+"""``lab measure floor``: the bare userfaultfd microbenchmark, into a run set."""
+
+import argparse
+import asyncio
+import json
+import sys
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lab.errors import UsageError
+from lab.floor.plan import BENCHMARKS, WORK_MIB, FloorPlan, describe
+from lab.progress import ProgressLine
+
+if TYPE_CHECKING:
+    from lab.floor.measure import Progress
+    from lab.run import Run, RunSet
+
+_PREFIX = "floor_"
+
+
+def register(parent: argparse.ArgumentParser) -> None:
+    """Add the command's parser below that of `lab measure`, which stays usable by itself."""
+    subparsers = parent.add_subparsers(
+        metavar="[floor]",
+        help="instead of methods: what the kernel asks for each step of a snapshot, with no VM",
+    )
+    parser = subparsers.add_parser(
+        "floor",
+        help="the bare userfaultfd microbenchmark",
+        description="Time the steps that a live snapshot is made of, with no VM: protecting "
+        "memory, one write fault by each kind of handler, releasing memory, copying, looking for "
+        "zeros, writing a file. Rounds of blocks in random order, each block in a process of its "
+        "own. An unfinished run set of the same plan is continued.",
+    )
+    defaults = FloorPlan()
+
+    def add(flag: str, **settings: object) -> None:
+        # Names of their own, or the defaults here would hide what is given before `floor`.
+        name = _PREFIX + flag.removeprefix("--").replace("-", "_")
+        parser.add_argument(flag, dest=name, **settings)  # type: ignore[arg-type]
+
+    def add_number(flag: str, meaning: str, default: int) -> None:
+        text = f"{meaning} (default {default})"
+        add(flag, type=int, metavar="N", default=default, help=text)
+
+    add(
+        "--benchmark",
+        action="append",
+        choices=BENCHMARKS,
+        help="repeatable (default: all of them)",
+    )
+    add_number("--repeats", "rounds", defaults.repeats)
+    add_number("--samples", "most samples of a block", defaults.samples)
+    add_number(
+        "--mib", f"memory to protect, at most {WORK_MIB} of it for other steps", defaults.mib
+    )
+    add_number("--write-mib", "size of the file to write", defaults.write_mib)
+    add_number(
+        "--delay-us", "delay that the handler adds to each fault, to check", defaults.delay_us
+    )
+    add_number("--seed", "order of blocks and pages", defaults.seed)
+    add("--out", type=Path, metavar="DIR", help="the run set (default: a new one in the cache)")
+    add(
+        "--image-dir",
+        type=Path,
+        metavar="DIR",
+        help="where files are written (default: in the cache)",
+    )
+    add("--note", metavar="TEXT", default="", help="free text, kept in the run set")
+    add("--json", action="store_true", help="one JSON object a step on stdout")
+    add("--dry-run", action="store_true", help="only say what would be measured")
+
+    async def handler(args: argparse.Namespace) -> int:
+        _refuse_given_before(parent, args)
+        return await _measure_floor(args)
+
+    parser.set_defaults(handler=handler)
+
+
+def _refuse_given_before(parent: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Raise UsageError for options of `lab measure`: none of them would be heeded."""
+    for name, value in vars(args).items():
+        own = name.startswith(_PREFIX) or name in ("handler", "verbose")
+        if not own and value != parent.get_default(name):
+            raise UsageError(
+                f"{name.replace('_', '-')} before `floor` is for methods",
+                "give options after `floor`",
+            )
+
+
+async def _measure_floor(args: argparse.Namespace) -> int:
+    from lab.cache import cache_dir
+    from lab.floor.build import ensure_program
+    from lab.floor.measure import measure_floor, survey
+    from lab.measure import estimate_text
+
+    plan = FloorPlan(
+        benchmarks=tuple(dict.fromkeys(args.floor_benchmark or BENCHMARKS)),
+        repeats=args.floor_repeats,
+        mib=args.floor_mib,
+        write_mib=args.floor_write_mib,
+        samples=args.floor_samples,
+        delay_us=args.floor_delay_us,
+        seed=args.floor_seed,
+    )
+    if args.floor_dry_run:
+        print("\n".join(describe(plan)))
+        return 0
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    out = args.floor_out or cache_dir() / "runs" / f"floor-{stamp}"
+    image_dir = args.floor_image_dir or cache_dir()
+    program = await ensure_program()
+    ground = survey(plan, program, image_dir)
+    with ExitStack() as stack:
+        line = stack.enter_context(ProgressLine())
+
+        def on_start(progress: "Progress") -> None:
+            # Only numbers differ from block to block, so that a log gets a line now and then.
+            line(
+                f"round {progress.round + 1}/{plan.repeats}, block {progress.done + 1}/"
+                f"{progress.total}: about {estimate_text(progress.remaining_s)} left"
+            )
+
+        def on_run(run: "Run") -> None:
+            if not run.ok:
+                line(f"{run.name} {run.record.outcome}: {run.record.reason}")
+
+        try:
+            done = await measure_floor(
+                plan,
+                out,
+                image_dir=image_dir,
+                program=program,
+                ground=ground,
+                note=args.floor_note,
+                on_start=on_start,
+                on_run=on_run,
+            )
+        except asyncio.CancelledError:
+            stack.close()
+            print(
+                f"lab: interrupted; the same arguments with --out {out} continue", file=sys.stderr
+            )
+            raise
+    print_floor(done, as_json=args.floor_json)
+    return 0 if all(run.ok for run in done) else 1
+
+
+def print_floor(run_set: "RunSet", *, as_json: bool) -> None:
+    """The medians, as JSON lines or as a table with what could not be measured."""
+    from lab.floor.summary import df_floor_medians, df_floor_readable, skipped
+    from lab.run import jsonable
+    from lab.summary import text_table
+
+    if as_json:
+        for row in df_floor_medians(run_set).to_dict("records"):
+            print(json.dumps(jsonable(row)))
+        return
+    print(text_table(df_floor_readable(run_set)))
+    for reason in skipped(run_set):
+        print(f"caveat: {reason}")
+    print(f"median over rounds [interval of the median]; runs in {run_set.path}")
