@@ -13,7 +13,7 @@ import dataclasses
 import gc
 import logging
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,15 +75,20 @@ class Sample:
     warnings: tuple[str, ...] = ()
 
 
-async def touch_host_memory(ram_mib: int) -> None:
-    """Have the host hand out, and take back, about as much memory as the guest is going to use.
+@contextlib.asynccontextmanager
+async def warm_host_memory(ram_mib: int) -> AsyncIterator[None]:
+    """Hold about as much host memory as a snapshot of the guest is going to use, touched, and let
+    go of it at the end.
 
-    Under a hypervisor that reclaims free memory, memory that nobody has touched lately is slow to
-    get: without this, durations vary by a factor of three with what ran before.  At most half of
-    what is available is touched.
+    Under a hypervisor that takes free memory back, memory that nobody has used lately is slow to
+    get: without this, durations vary by a factor of three with what ran before.  Such a host may
+    take it back within half a second, so what is measured has to follow at once.  At most half of
+    what is available is held.
     """
     size = min(ram_mib + TOUCH_MARGIN_MIB, available_memory_mib() // 2) << 20
-    with mmap.mmap(-1, size) as memory:
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
         for start in range(0, size, TOUCH_CHUNK_BYTES):
             length = min(TOUCH_CHUNK_BYTES, size - start)
             try:
@@ -93,6 +98,7 @@ async def touch_host_memory(ram_mib: int) -> None:
                 memory[start : start + length : mmap.PAGESIZE] = bytes(length // mmap.PAGESIZE)
             # A chunk takes about 10 ms: interrupts and heartbeats get their turn in between.
             await asyncio.sleep(0)
+        yield
 
 
 def check_room(image_dir: Path, ram_mib: int) -> None:
@@ -205,7 +211,6 @@ async def take_sample(
     machine, workload = scenario.machine, scenario.workload
     check_room(image.parent, machine.ram_mib)
     host = {"image_filesystem": filesystem_of(image.parent)}
-    await touch_host_memory(machine.ram_mib)
     async with boot(machine, workload, binary=scenario.variant) as vm:
         try:
             sample = await _timed(vm, scenario, image)
@@ -229,9 +234,10 @@ async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
             warnings.append(unsettled)
         latency = await vm.write_latency() if scenario.workload.time_writes else None
         with no_garbage_collection():
-            if latency is not None:
-                latency.read()
-            await asyncio.sleep(BASELINE_NS / NS_PER_S + BASELINE_MARGIN_S)
+            async with warm_host_memory(scenario.machine.ram_mib):
+                if latency is not None:
+                    latency.read()
+                await asyncio.sleep(BASELINE_NS / NS_PER_S + BASELINE_MARGIN_S)
             snapshot = await take(vm, image, scenario.method, sampler=sampler, latency=latency)
             await _tail(sampler, snapshot.request_ns, snapshot.end_ns)
         progress = sampler.df()
