@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.devices import DeviceFiles, device_arguments
 from lab.errors import UsageError
 from lab.guest.build import Guest
 from lab.guest.protocol import kernel_command_line
@@ -26,6 +27,7 @@ def qemu_command(
     workload: Workload,
     guest: Guest,
     channels: Channels,
+    files: DeviceFiles,
     *,
     name: str,
     machine_type: str = "pc",
@@ -46,25 +48,31 @@ def qemu_command(
     command += ["-nodefaults", "-no-user-config", "-display", "none"]
     command += ["-M", machine_type + machine_option(machine), "-accel", machine.accel + threads]
     command += [*ram_arguments(machine), "-smp", str(machine.vcpus)]
-    # With the guest's panic=-1 a panic ends QEMU instead of booting again without end.
+    # With the guest's panic=-1 a panic ends QEMU instead of booting again without end.  VM.reset()
+    # lifts that until the guest is ready again.
     command += ["-no-reboot"]
     command += ["-chardev", f"socket,id=qmp,fd={channels.qmp}", "-mon", "chardev=qmp,mode=control"]
     command += ["-chardev", f"socket,id=serial,fd={channels.serial}", "-serial", "chardev:serial"]
     command += ["-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)]
-    command += ["-append", _append(workload)]
+    command += ["-append", _append(machine, workload)]
+    command += device_arguments(machine, files)
     # `defer`: the stream is named over QMP, so that its errors come back as QMP errors.
     command += ["-incoming", "defer"] if incoming else []
     command += ["-S"] if paused else []
     return command + list(machine.extra_args)
 
 
-def _append(workload: Workload) -> str:
+def _append(machine: Machine, workload: Workload) -> str:
     return kernel_command_line(
         kind=workload.kind,
         wss_mib=workload.wss_mib,
         threads=workload.threads,
         seed=workload.seed,
         time_writes=workload.time_writes,
+        disk=machine.disk,
+        net=machine.net,
+        display=machine.vnc,
+        balloon=machine.balloon,
     )
 
 

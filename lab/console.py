@@ -19,6 +19,7 @@ class Console:
         self._changed = asyncio.Condition()
         self._closed = False
         self._mangled: GuestError | None = None
+        self._restarted = False
         self._partial = ""
         self._parts: list[str] = []
         self._chars = 0
@@ -33,6 +34,14 @@ class Console:
     def tail(self, lines: int = 10) -> str:
         """Return the last lines that are not empty."""
         return "\n".join([line for line in self.text.splitlines() if line.strip()][-lines:])
+
+    def restarted(self) -> None:
+        """Take note that the guest is reset, which may cut a record short.
+
+        Until the guest is ready again, or says why it is not, mangled records are skipped.
+        """
+        self._restarted = True
+        self._mangled = None
 
     async def wait_record(
         self, wanted: Callable[[Record], bool], *, since: int = 0, timeout_s: float
@@ -88,10 +97,13 @@ class Console:
                 record = parse_record(line)
             except GuestError as error:
                 # Here nobody would see it; the next one who waits for a record does.
-                self._mangled = self._mangled or error
+                if not self._restarted:
+                    self._mangled = self._mangled or error
                 continue
             if record is not None:
                 self.records.append(record)
+                if record.kind in ("ready", "error"):
+                    self._restarted = False
 
 
 @contextlib.asynccontextmanager

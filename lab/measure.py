@@ -25,7 +25,7 @@ from lab import run
 from lab.errors import HostError, LabError, RunError, UsageError
 from lab.sample import Sample, take_sample
 from lab.scenario import Machine, Scenario, Variant, Workload, from_json, method, to_json
-from lab.tables import METRICS, SUMMARY_FIELDS
+from lab.tables import DEVICES, METRICS, SUMMARY_FIELDS
 
 log = logging.getLogger(__name__)
 
@@ -309,7 +309,10 @@ def summarise(scenario: Scenario, sample: Sample) -> dict[str, Any]:
         "wss_mib": scenario.workload.wss_mib,
         "vcpus": scenario.machine.vcpus,
         "workload": scenario.workload.kind,
+        **{name: getattr(scenario.machine, name) for name in DEVICES},
     }
+    if scenario.machine.disk == "none":
+        values |= dict.fromkeys(("disk_cache", "disk_aio", "disk_iothread"))
     if scenario.workload.kind == "idle":
         values["wss_mib"] = None
     values |= {k: v for k, v in sample.figures.items() if k in SUMMARY_FIELDS}

@@ -35,6 +35,7 @@ import numpy.typing as npt
 from lab.errors import GuestError, SnapshotError
 from lab.guest.protocol import (
     PAGE_BYTES,
+    ProgressPage,
     WorkingSetCheck,
     check_working_set,
     find_progress_page,
@@ -65,7 +66,8 @@ class Verification:
     """What the oracle found.
 
     `equal` is the verdict: the same blocks, every byte of them equal, and the working set what a
-    replay gives (`replay`; None for the idle workload, which has nothing to replay).  `detail` is
+    replay gives (`replay`; None for the idle workload, which has nothing to replay, and for a guest
+    that was taken while it booted).  `detail` is
     one line about what is wrong, empty when nothing is.
     """
 
@@ -83,6 +85,8 @@ class Verification:
 class _Dump:
     path: Path
     blocks: list[RamBlock]
+    nonce: int | None
+    """The guest's boot, None for a guest that was still booting."""
 
     def offsets(self) -> Iterator[tuple[RamBlock, int]]:
         """Give every block and where it begins in the file."""
@@ -108,7 +112,8 @@ async def verify_method(vm: VM, method: str, workdir: Path, *, channels: int = 1
 
     async def copy_out() -> None:
         nonlocal dump
-        dump = _Dump(dump_path, await vm.ram_blocks())
+        nonce = vm.ready.nonce if vm.is_ready else None
+        dump = _Dump(dump_path, await vm.ram_blocks(), nonce)
         await asyncio.to_thread(_write_dump, vm.pid, dump)
 
     try:
@@ -204,17 +209,17 @@ def _judge(
                 f"differ, at {first}"
             )
     replay, operations = None, 0
-    try:
-        progress = find_progress_page(_data(dump.path), vm.ready.nonce)
-        operations = progress.total_ops
-        if progress.page_errors:
-            problems.append(f"the guest found {progress.page_errors} damaged pages itself")
-        if vm.workload.kind != "idle":
-            replay = check_working_set(_data(dump.path), progress)
-            if not replay.ok:
-                problems.append(f"the working set is not what a replay gives: {replay}")
-    except GuestError as error:
-        problems.append(error.cause)
+    if dump.nonce is not None:
+        try:
+            progress = find_progress_page(_data(dump.path), dump.nonce)
+            operations = progress.total_ops
+            problems += _own_findings(progress)
+            if vm.workload.kind != "idle":
+                replay = check_working_set(_data(dump.path), progress)
+                if not replay.ok:
+                    problems.append(f"the working set is not what a replay gives: {replay}")
+        except GuestError as error:
+            problems.append(error.cause)
     return Verification(
         method=method,
         equal=not problems,
@@ -225,6 +230,16 @@ def _judge(
         replay=replay,
         detail="; ".join(problems),
     )
+
+
+def _own_findings(progress: ProgressPage) -> list[str]:
+    """Return what the guest found wrong itself."""
+    found = []
+    if progress.page_errors:
+        found.append(f"the guest found {progress.page_errors} damaged pages itself")
+    if progress.device_errors:
+        found.append(f"the guest found {progress.device_errors} errors of its devices")
+    return found
 
 
 def _compare(

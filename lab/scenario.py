@@ -31,6 +31,9 @@ else:
 
 Accel = Literal["tcg", "kvm"]
 RamKind = Literal["anon", "memfd", "memfd-private", "file", "file-private", "hugetlb"]
+DiskKind = Literal["none", "ide", "virtio"]
+DiskCache = Literal["writeback", "none"]
+DiskAio = Literal["threads", "native"]
 WorkloadKind = Literal["idle", "sequential", "random", "scattered"]
 Variant = Literal["patched", "unpatched"]
 Mechanism = Literal["background", "precopy", "stopped"]
@@ -64,6 +67,10 @@ def _require_int(name: str, value: object, low: int, high: int) -> None:
     _require(good, f"{name} is {value!r}", f"give a whole number from {low} to {high}")
 
 
+def _require_bool(name: str, value: object) -> None:
+    _require(isinstance(value, bool), f"{name} is {value!r}", "give True or False")
+
+
 def _require_strings(name: str, value: object) -> None:
     good = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     _require(good, f"{name} is {value!r}", "give a tuple of strings")
@@ -71,12 +78,18 @@ def _require_strings(name: str, value: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The virtual machine: a QEMU `pc` with nothing in it but RAM, vCPUs and a serial port.
+    """The virtual machine: a QEMU `pc` with RAM, vCPUs, a serial port, and the devices named here.
 
     `ram_kind` is what backs guest RAM; `lab.ram` says what each kind is.
     `thp` False forbids transparent huge pages to the QEMU process, True asks for them (QEMU asks
     by itself, so True only states what is expected) and None leaves the host's policy as it is.
-    `extra_args` go to the end of QEMU's command line, for disks and network devices.
+
+    A device that is there is also used: the guest reads and writes its disk past its own cache,
+    exchanges packets with QEMU's user network (which leads nowhere else), and draws on the
+    screen that `vnc` shows; a balloon is moved from outside.  `lab.devices` builds them.  The disk
+    is a scratch disk: empty at every boot, and at every restore, because an image is of memory.
+
+    `extra_args` go to the end of QEMU's command line, for what has no parameter here.
 
     Raises `UsageError` for values that can not work.
     """
@@ -88,6 +101,19 @@ class Machine:
     thp: bool | None = field(
         default=None, metadata={"help": "transparent huge pages for guest RAM (host's policy)"}
     )
+    disk: DiskKind = field(default="none", metadata={"help": "a scratch disk that the guest uses"})
+    disk_cache: DiskCache = field(
+        default="writeback", metadata={"help": "the disk's cache mode; none bypasses the host's"}
+    )
+    disk_aio: DiskAio = field(default="threads", metadata={"help": "who does the disk's I/O"})
+    disk_iothread: bool = field(
+        default=False, metadata={"help": "serve the virtio disk in a thread of its own"}
+    )
+    net: bool = field(default=False, metadata={"help": "a virtio network card that the guest uses"})
+    vnc: bool = field(
+        default=False, metadata={"help": "a screen that the guest draws on, served by VNC"}
+    )
+    balloon: bool = field(default=False, metadata={"help": "a virtio balloon"})
     extra_args: tuple[str, ...] = field(
         default=(), metadata={"help": "one more QEMU argument; repeatable", "flag": "extra-arg"}
     )
@@ -108,7 +134,31 @@ class Machine:
             "RAM of huge pages can not have transparent ones",
             "leave thp unset, or use another ram_kind",
         )
+        for name in ("disk_iothread", "net", "vnc", "balloon"):
+            _require_bool(name, getattr(self, name))
+        self._check_disk()
         _require_strings("extra_args", self.extra_args)
+
+    def _check_disk(self) -> None:
+        _require_choice("disk", self.disk, DiskKind)
+        _require_choice("disk_cache", self.disk_cache, DiskCache)
+        _require_choice("disk_aio", self.disk_aio, DiskAio)
+        described = (self.disk_cache, self.disk_aio, self.disk_iothread)
+        _require(
+            self.disk != "none" or described == ("writeback", "threads", False),
+            "disk_cache, disk_aio or disk_iothread is given and there is no disk",
+            "choose disk ide or virtio as well",
+        )
+        _require(
+            self.disk_aio != "native" or self.disk_cache == "none",
+            f"disk_aio native does not work with disk_cache {self.disk_cache}",
+            "use disk_cache none, or disk_aio threads",
+        )
+        _require(
+            not self.disk_iothread or self.disk == "virtio",
+            f"an {self.disk} disk can not have an I/O thread",
+            "choose disk virtio, or leave disk_iothread unset",
+        )
 
 
 @dataclass(frozen=True)

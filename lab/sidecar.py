@@ -25,8 +25,9 @@ class Sidecar:
     """The description of one image.
 
     `machine_type` is the versioned one.  `ready` is what the guest said at its boot; its nonce is
-    nowhere else but in the image.  `binary` and `kernel_sha256` say what took it, for the record:
-    another QEMU that knows the machine type may restore it.
+    nowhere else but in the image.  It is None when the guest was still booting.  `binary` and
+    `kernel_sha256` say what took it, for the record: another QEMU that knows the machine type may
+    restore it.
     """
 
     method: str
@@ -36,7 +37,7 @@ class Sidecar:
     machine_type: str
     image_bytes: int
     created_utc: str
-    ready: ReadyRecord
+    ready: ReadyRecord | None
     binary: QemuBinary
     kernel_sha256: str
 
@@ -44,7 +45,8 @@ class Sidecar:
         """Return the file's content."""
         data = {"format": FORMAT} | msgspec.to_builtins(self, enc_hook=str)
         # As text, because JSON readers keep only 53 bits of a number.
-        data["ready"]["nonce"] = f"{self.ready.nonce:016x}"
+        if self.ready is not None:
+            data["ready"]["nonce"] = f"{self.ready.nonce:016x}"
         return json.dumps(data, indent=1) + "\n"
 
 
@@ -120,7 +122,7 @@ class _Plain(msgspec.Struct, frozen=True, kw_only=True):
     machine_type: str
     image_bytes: int
     created_utc: str
-    ready: ReadyRecord
+    ready: ReadyRecord | None
     binary: QemuBinary
     kernel_sha256: str
 

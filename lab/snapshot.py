@@ -36,6 +36,7 @@ import pandas as pd
 
 from lab.display import html_row
 from lab.errors import HostError, LabError, QmpError, SnapshotError, UsageError
+from lab.guest.protocol import ReadyRecord
 from lab.host import require_uffd
 from lab.instruments.faultlog import FaultLog, read_fault_log
 from lab.instruments.phases import buffer_summary, counters, df_phases
@@ -252,7 +253,7 @@ async def take(
         async with contextlib.AsyncExitStack() as stack:
             partial = stack.enter_context(_partial_image(image))
             _check_disk(vm, how, image)
-            if latency is None and vm.workload.time_writes:
+            if latency is None and vm.workload.time_writes and vm.is_ready:
                 latency = await vm.write_latency()
                 latency.read()
             if sampler is None and progress:
@@ -262,7 +263,7 @@ async def take(
                 after_s = 0.0
             attempt = _Attempt(vm, how, partial, hold=hold, log_faults=fault_log, latency=latency)
             await attempt.run()
-            size = _publish(vm, how, partial, image)
+            size = _publish(vm, how, attempt.ready_at_pause(), partial, image)
             await asyncio.sleep(after_s)
         return attempt.result(image, size, sampler)
 
@@ -296,6 +297,7 @@ class _Attempt:
         self.was_running = False
         self.since = 0
         self.request_ns = 0
+        self.ready_at_request: ReadyRecord | None = None
         self.completed: Event | None = None
         self.clock_offset_ns = 0
         self.migration: dict[str, Any] = {}
@@ -313,6 +315,7 @@ class _Attempt:
             await self._prepare()
             self.since = len(vm.qmp.events)
             self._read_latency()
+            self.ready_at_request = vm.ready if vm.is_ready else None
             self.request_ns = time.monotonic_ns()
             if self.how.mechanism == "stopped":
                 await vm.stop()
@@ -501,6 +504,15 @@ class _Attempt:
         except LabError as error:
             log.error("taking back a %s snapshot: %s", self.how.name, error)
 
+    def ready_at_pause(self) -> ReadyRecord | None:
+        """Return what the guest in the image has said: nothing if it was reset meanwhile."""
+        for event in self.vm.qmp.events[self.since :]:
+            if event.name == "STOP":
+                break
+            if event.name == "RESET":
+                return None
+        return self.ready_at_request
+
     def result(self, image: Path, size: int, sampler: ProgressSampler | None) -> Snapshot:
         assert self.completed is not None
         events = self.vm.qmp.events[self.since :]
@@ -621,7 +633,7 @@ def _resident_bytes(pid: int) -> int:
     return total_kib * 1024
 
 
-def _publish(vm: VM, how: Method, partial: Path, image: Path) -> int:
+def _publish(vm: VM, how: Method, ready: ReadyRecord | None, partial: Path, image: Path) -> int:
     """Give the complete image its name, together with its sidecar; return its size."""
     size = partial.stat().st_size
     sidecar = Sidecar(
@@ -632,7 +644,7 @@ def _publish(vm: VM, how: Method, partial: Path, image: Path) -> int:
         machine_type=vm.machine_type,
         image_bytes=size,
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-        ready=vm.ready,
+        ready=ready,
         binary=vm.binary,
         kernel_sha256=vm.guest.kernel_sha256,
     )

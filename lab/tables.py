@@ -132,6 +132,13 @@ SUMMARY_FIELDS: dict[str, Column] = {
     "wss_mib": Column("MiB", "working set the guest writes to"),
     "vcpus": Column("1", "virtual CPUs"),
     "workload": Column("", "what the guest runs"),
+    "disk": Column("", "scratch disk that the guest uses: none, ide or virtio"),
+    "disk_cache": Column("", "its cache mode in QEMU; null without a disk, like the next two"),
+    "disk_aio": Column("", "who does its I/O: QEMU's threads, or the kernel (native)"),
+    "disk_iothread": Column("", "whether a thread of its own serves it"),
+    "net": Column("", "whether the guest exchanges packets over a virtio network card"),
+    "vnc": Column("", "whether the guest draws on a screen that is served by VNC"),
+    "balloon": Column("", "whether the guest has a virtio balloon"),
     "setup_ms": Column("ms", "request until the VM is stopped, guest running: preparation"),
     "pause_ms": Column("ms", "VM stopped: QEMU's STOP event until its RESUME event"),
     "duration_ms": Column("ms", "request until QEMU reports the migration completed"),
@@ -189,6 +196,7 @@ SUMMARY_FIELDS: dict[str, Column] = {
     "reason": Column("", "why the outcome is not ok; null when it is"),
 }
 
+DEVICES = ("disk", "disk_cache", "disk_aio", "disk_iothread", "net", "vnc", "balloon")
 DIMENSIONS = ("method", "engine", "accel", "ram_mib", "wss_mib", "vcpus", "workload")
 METRICS = (
     "setup_ms",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lab.commandline import Channels, check_host, qemu_command
 from lab.console import Console, attached
+from lab.devices import DeviceFiles
 from lab.display import html_row
 from lab.errors import (
     GuestError,
@@ -38,6 +39,7 @@ from lab.qemu.build import QemuBinary, find_qemu
 from lab.qmp import COMMAND_TIMEOUT_S, Event, Qmp, connected
 from lab.scenario import MAPPED_RAM, Machine, Variant, Workload, check_fit, method
 from lab.sidecar import Sidecar, read_sidecar
+from lab.workdir import private_folder
 
 if TYPE_CHECKING:
     from lab.instruments.progress import ProgressSampler
@@ -84,6 +86,7 @@ class VM:
         workload: Workload,
         binary: QemuBinary,
         guest: Guest,
+        files: DeviceFiles,
         name: str,
     ) -> None:
         self.process = process
@@ -93,10 +96,13 @@ class VM:
         self.workload = workload
         self.binary = binary
         self.guest = guest
+        self.files = files
+        """Where the files of the devices are: the disk, the socket of VNC."""
         self.name = name
         self.machine_type = ""
         """The versioned name of the machine type, such as pc-i440fx-10.0."""
         self._ready: ReadyRecord | None = None
+        self._records_before_boot = 0
         self._busy_with: str | None = None
 
     def __repr__(self) -> str:
@@ -129,8 +135,13 @@ class VM:
     def ready(self) -> ReadyRecord:
         """What the guest said when its writers started; after a restore, said before it."""
         if self._ready is None:
-            raise GuestError("the guest is not ready yet")
+            raise GuestError("the guest is not ready yet", "await vm.wait_ready()")
         return self._ready
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the writers are known to run: not while the guest boots again after a reset."""
+        return self._ready is not None
 
     # Monitor
 
@@ -182,6 +193,51 @@ class VM:
     async def cont(self) -> None:
         """Let the vCPUs run."""
         await self.execute("cont")
+
+    async def reset(self) -> None:
+        """Press the reset button: the machine starts over, and the guest boots again.
+
+        The guest is not ready afterwards; `wait_ready` waits until it is.
+
+        :raise QmpError: when QEMU does not reset the machine.
+        """
+        self._ready = None
+        self._records_before_boot = len(self.console.records)
+        self.console.restarted()
+        since = len(self.qmp.events)
+        await self._permit_reboot(True)
+        await self.execute("system_reset")
+        await self.watched(
+            self.qmp.wait_event(
+                lambda event: event.name == "RESET", since=since, timeout_s=COMMAND_TIMEOUT_S
+            ),
+            "it was reset",
+        )
+
+    async def _permit_reboot(self, permitted: bool) -> None:
+        """Let a reset start the machine over, or end QEMU, as -no-reboot has it.
+
+        The firmware resets the machine once more when it finds that it ran before.
+        """
+        await self.execute("set-action", {"reboot": "reset" if permitted else "shutdown"})
+
+    async def wait_ready(self, timeout_s: float = BOOT_TIMEOUT_S) -> None:
+        """Wait until a guest that boots runs its writers; return at once when it does.
+
+        :raise GuestError: when it refuses the workload or says nothing in time.
+        """
+        if self._ready is not None:
+            return
+        record = await self.watched(
+            self.console.wait_record(
+                _is_verdict, since=self._records_before_boot, timeout_s=timeout_s
+            ),
+            "the guest booted",
+        )
+        if record.kind == "error":
+            raise guest_refusal(record)
+        self._ready = ReadyRecord.from_record(record)
+        await self._permit_reboot(False)
 
     async def vcpu_threads(self) -> dict[int, int]:
         """Return the index of the vCPU for each host thread that runs one."""
@@ -309,14 +365,6 @@ class VM:
                 return
         raise QmpError("this QEMU has no machine type pc", "build it with `lab build`")
 
-    async def _wait_ready(self, timeout_s: float) -> None:
-        record = await self.watched(
-            self.console.wait_record(_is_verdict, timeout_s=timeout_s), "the guest booted"
-        )
-        if record.kind == "error":
-            raise guest_refusal(record)
-        self._ready = ReadyRecord.from_record(record)
-
     async def _quit(self) -> None:
         if self.process.exit_code is None and not self.qmp.is_lost:
             with contextlib.suppress(QmpError):
@@ -391,20 +439,23 @@ async def _launched(
     name = f"{NAME_PREFIX}{uuid.uuid4()}"
     qmp_socket, qmp_child = socket.socketpair()
     serial_socket, serial_child = socket.socketpair()
-    command = qemu_command(
-        binary.path,
-        machine,
-        workload,
-        guest,
-        Channels(qmp=qmp_child.fileno(), serial=serial_child.fileno()),
-        name=name,
-        machine_type=machine_type,
-        incoming=incoming,
-        paused=paused,
-    )
     async with contextlib.AsyncExitStack() as stack:
-        for sock in (qmp_socket, serial_socket):
+        for sock in (qmp_socket, serial_socket, qmp_child, serial_child):
             stack.callback(sock.close)
+        files = DeviceFiles(stack.enter_context(private_folder("lab-devices-")))
+        files.create(machine)
+        command = qemu_command(
+            binary.path,
+            machine,
+            workload,
+            guest,
+            Channels(qmp=qmp_child.fileno(), serial=serial_child.fileno()),
+            files,
+            name=name,
+            machine_type=machine_type,
+            incoming=incoming,
+            paused=paused,
+        )
         process = await stack.enter_async_context(
             running(command, pass_sockets=(qmp_child, serial_child), thp=machine.thp)
         )
@@ -424,6 +475,7 @@ async def _launched(
             workload=workload,
             binary=binary,
             guest=guest,
+            files=files,
             name=name,
         )
         stack.push_async_callback(vm._quit)
@@ -450,7 +502,7 @@ async def boot(
     check_fit(machine, workload)
     async with _launched(find_qemu(binary), machine, workload) as vm:
         await vm._find_machine_type()
-        await vm._wait_ready(timeout_s)
+        await vm.wait_ready(timeout_s)
         yield vm
 
 
@@ -460,8 +512,10 @@ async def restore(
 ) -> AsyncIterator[VM]:
     """Restore the guest from the snapshot `path`; it runs unless `paused`.
 
-    The machine is built as the sidecar describes it.  That the image holds the guest that the
-    sidecar names is checked in the restored memory before the guest runs.
+    The machine is built as the sidecar describes it; its disk, if it has one, is an empty one.
+    That the image holds the guest that the sidecar names is checked in the restored memory before
+    the guest runs.  A guest that was taken while it booted has no name yet: it is restored
+    unchecked, and `wait_ready` waits for it.
 
     :param binary: which QEMU; None is the kind that took the snapshot.
     :param channels: how many threads read the image; more than one takes an image in which each
@@ -500,7 +554,10 @@ async def restore(
         vm.machine_type = sidecar.machine_type
         await _load(vm, image, sidecar, mapped=mapped, channels=channels)
         vm._ready = sidecar.ready
-        await _check_identity(vm, image)
+        if vm.is_ready:
+            await _check_identity(vm, image)
+        else:
+            await vm._permit_reboot(True)
         if not paused:
             await vm.cont()
         yield vm

@@ -52,10 +52,14 @@ async def _boot(args: argparse.Namespace) -> int:
 async def show_speed(vm: "VM", args: argparse.Namespace) -> None:
     """Print one line about `vm` and then one a second about its speed."""
     first = {"pid": vm.pid, "qemu": vm.binary.version, "variant": vm.binary.variant}
-    first |= {"nonce": f"{vm.ready.nonce:016x}", "status": await vm.status()}
+    # An image may be of a guest that was booting.
+    first |= {"nonce": f"{vm.ready.nonce:016x}" if vm.is_ready else None}
+    first |= {"status": await vm.status()}
     print(json.dumps(first) if args.json else f"{vm!r} {first['status']}", flush=True)
     loop = asyncio.get_running_loop()
     end = None if args.seconds is None else loop.time() + args.seconds
+    if not vm.is_ready and await vm.is_running():
+        await vm.wait_ready()
     before = await vm.progress_page()
     while end is None or loop.time() < end:
         wait_s = 1.0 if end is None else min(1.0, max(0.0, end - loop.time()))

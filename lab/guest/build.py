@@ -2,12 +2,14 @@
 
 The kernel is the distribution's own, for virtual machines: the package is resolved and downloaded
 with the system's apt, which verifies it, and unpacked into the cache. It is never installed, and
-root is not needed. `LAB_GUEST_KERNEL` names another kernel image to use instead.
+root is not needed. `LAB_GUEST_KERNEL` names another kernel image to use instead; the drivers of
+the devices that a machine is given have to be built into it.
 
 What is in the cache::
 
     guest/kernel.json            which kernel: version, sha256, path; written last
     guest/kernel-<sha256>/vmlinuz
+    guest/kernel-<sha256>/modules/  drivers for the devices a machine can have
     guest/initramfs-<key>.cpio   key: hash of everything the bytes depend on
     guest/apt/                   private package lists, if the system's are of no use
 
@@ -23,14 +25,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lab.cache import cache_dir
 from lab.errors import BuildError, HostError
 from lab.files import sha256_of
-from lab.guest import newc
+from lab.guest import modules, newc
 
 __all__ = ["Guest", "ensure_guest", "find_guest"]
 
@@ -41,7 +43,8 @@ Progress = Callable[[str], None]
 #: Packages that depend on the current kernel for virtual machines: Debian's, Ubuntu's.
 KERNEL_METAPACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual")
 
-_SOURCE = Path(__file__).with_name("workload.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("workload.c", "devices.c")]
+_HEADERS = [Path(__file__).with_name("workload.h")]
 _CFLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-static", "-pthread", "-s")
 #: musl gives a program a tenth of the size, and no code that wants a newer CPU than QEMU's.
 _COMPILERS = ("musl-gcc", "gcc", "cc")
@@ -54,7 +57,7 @@ class Guest:
     """A kernel and an initramfs that QEMU can boot.
 
     :param kernel: the bzImage.
-    :param initramfs: an uncompressed newc archive whose /init is workload.c.
+    :param initramfs: an uncompressed newc archive whose /init is made of workload.c and devices.c.
     :param kernel_version: what the guest's `uname -r` says.
     """
 
@@ -70,6 +73,13 @@ class _Kernel:
     path: Path
     version: str
     sha256: str
+    modules: Path | None
+    """A folder of modules, None for a kernel of the user's."""
+
+    def read_modules(self) -> dict[str, bytes]:
+        """Return the modules by name."""
+        paths = [] if self.modules is None else sorted(self.modules.glob("*.ko"))
+        return {path.stem: path.read_bytes() for path in paths}
 
 
 def find_guest() -> Guest:
@@ -80,7 +90,7 @@ def find_guest() -> Guest:
     kernel = _override_kernel() or _cached_kernel()
     if kernel is None:
         raise HostError("the guest's kernel is not in the cache", _FIND_REMEDY)
-    initramfs = _initramfs_path(_compiler())
+    initramfs = _initramfs_path(_compiler(), kernel.read_modules())
     if not initramfs.is_file():
         raise HostError("the guest's initramfs is not built", _FIND_REMEDY)
     return _guest(kernel, initramfs)
@@ -98,28 +108,36 @@ async def ensure_guest(progress: Progress | None = None) -> Guest:
     """
     say = progress or _log.info
     kernel = _override_kernel() or _cached_kernel() or await _fetch_kernel(say)
-    compiler = _compiler()
-    initramfs = _initramfs_path(compiler)
+    compiler, drivers = _compiler(), kernel.read_modules()
+    initramfs = _initramfs_path(compiler, drivers)
     if not initramfs.is_file():
         say("guest: compiling the workload")
-        await _build_initramfs(compiler, initramfs)
+        await _build_initramfs(compiler, drivers, initramfs)
     return _guest(kernel, initramfs)
 
 
-def initramfs_archive(init: bytes) -> bytes:
+def initramfs_archive(init: bytes, drivers: Mapping[str, bytes] | None = None) -> bytes:
     """Return the bytes of an initramfs whose PID 1 is `init`, a static executable.
 
     /dev/console is what the kernel opens as PID 1's standard streams before any file system
     is mounted, so it has to be in the archive.
+
+    :param drivers: kernel modules by name; a list for each device says which to load for it.
     """
-    return newc.write_archive(
-        [
-            newc.directory("dev"),
-            newc.character_device("dev/console", 5, 1),
-            newc.regular_file("init", init, permissions=0o755),
-            newc.directory("proc"),
-        ]
-    )
+    entries = [
+        newc.directory("dev"),
+        newc.character_device("dev/console", 5, 1),
+        newc.regular_file("init", init, permissions=0o755),
+        newc.directory("proc"),
+        newc.directory("sys"),
+    ]
+    if drivers:
+        entries.append(newc.directory("modules"))
+        entries += [newc.regular_file(f"modules/{n}.ko", drivers[n]) for n in drivers]
+        for device, names in modules.DRIVERS.items():
+            order = "".join(f"{name}\n" for name in modules.load_order(names, drivers))
+            entries.append(newc.regular_file(f"modules/{device}.list", order.encode()))
+    return newc.write_archive(entries)
 
 
 def kernel_release(image: bytes) -> str:
@@ -160,7 +178,7 @@ def _guest(kernel: _Kernel, initramfs: Path) -> Guest:
 def _read_kernel(path: Path) -> _Kernel:
     with path.open("rb") as file:
         version = kernel_release(file.read(64 << 10))
-    return _Kernel(path=path, version=version, sha256=sha256_of(path))
+    return _Kernel(path=path, version=version, sha256=sha256_of(path), modules=None)
 
 
 def _override_kernel() -> _Kernel | None:
@@ -179,7 +197,10 @@ def _cached_kernel() -> _Kernel | None:
     try:
         stamp = json.loads((_directory() / "kernel.json").read_text())
         kernel = _Kernel(
-            path=_directory() / stamp["path"], version=stamp["version"], sha256=stamp["sha256"]
+            path=_directory() / stamp["path"],
+            version=stamp["version"],
+            sha256=stamp["sha256"],
+            modules=_directory() / stamp["modules"],
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None  # missing, or not ours: it is made again
@@ -210,14 +231,21 @@ async def _fetch_kernel(say: Progress) -> _Kernel:
                 f"the kernel in {package.name}: {error}", "set LAB_GUEST_KERNEL to a kernel image"
             ) from error
         target = _directory() / f"kernel-{kernel.sha256[:16]}" / "vmlinuz"
-        target.parent.mkdir(exist_ok=True)
+        folder = target.parent / "modules"
+        folder.mkdir(parents=True, exist_ok=True)
         images[0].chmod(0o644)
         images[0].replace(target)
-        stamp = asdict(kernel) | {"path": str(target.relative_to(_directory()))}
-        stamp["package"] = package.name
+        for name, content in modules.collect_modules(work / "tree").items():
+            (work / name).write_bytes(content)
+            (work / name).replace(folder / f"{name}.ko")
+        stamp = asdict(kernel) | {
+            "path": str(target.relative_to(_directory())),
+            "modules": str(folder.relative_to(_directory())),
+            "package": package.name,
+        }
         (work / "stamp").write_text(json.dumps(stamp, indent=1) + "\n")
         (work / "stamp").replace(_directory() / "kernel.json")
-    return _Kernel(path=target, version=kernel.version, sha256=kernel.sha256)
+    return replace(kernel, path=target, modules=folder)
 
 
 async def _download_kernel(work: Path, say: Progress) -> Path:
@@ -296,28 +324,27 @@ def _compiler() -> str:
     raise HostError("no C compiler for the guest's workload", "install musl-tools, or gcc")
 
 
-def _initramfs_path(compiler: str) -> Path:
+def _initramfs_path(compiler: str, drivers: Mapping[str, bytes]) -> Path:
     """Return where the initramfs made by `compiler` from today's sources is kept."""
     key = hashlib.sha256()
-    for part in (
-        Path(compiler).name.encode(),
-        " ".join(_CFLAGS).encode(),
-        _SOURCE.read_bytes(),
-        Path(newc.__file__).read_bytes(),
-        Path(__file__).read_bytes(),
-    ):
+    parts = [Path(compiler).name.encode(), " ".join(_CFLAGS).encode()]
+    parts += [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
+    parts += [Path(module).read_bytes() for module in (newc.__file__, modules.__file__, __file__)]
+    for name in sorted(drivers):
+        parts += [name.encode(), drivers[name]]
+    for part in parts:
         key.update(len(part).to_bytes(8, "little") + part)
     return _directory() / f"initramfs-{key.hexdigest()[:16]}.cpio"
 
 
-async def _build_initramfs(compiler: str, target: Path) -> None:
+async def _build_initramfs(compiler: str, drivers: Mapping[str, bytes], target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".initramfs-", dir=_directory()) as temporary:
         work = Path(temporary)
         await _run(
-            compiler, *_CFLAGS, "-o", "init", str(_SOURCE),
+            compiler, *_CFLAGS, "-o", "init", *map(str, _SOURCES),
             cwd=work, remedy="install musl-tools, or gcc and libc6-dev",
         )  # fmt: skip
-        (work / "archive").write_bytes(initramfs_archive((work / "init").read_bytes()))
+        (work / "archive").write_bytes(initramfs_archive((work / "init").read_bytes(), drivers))
         (work / "archive").replace(target)
 
 

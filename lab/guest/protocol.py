@@ -28,6 +28,8 @@ PROGRESS_LAYOUT = 1
 #: Word of thread i's counter in the progress page: PROGRESS_OPS + PROGRESS_OPS_STRIDE * i.
 PROGRESS_OPS = 16
 PROGRESS_OPS_STRIDE = 8
+#: First of the four words about devices, where the last thread's counter leaves room.
+PROGRESS_DEVICES = 508
 STATES = {1: "populating", 2: "running"}
 
 LATENCY_MAGIC = 0x315954414C42414C  # "LABLATY1"
@@ -85,8 +87,20 @@ KERNEL_PARAMETERS: tuple[str, ...] = (
 )
 
 
+DISKS = ("none", "ide", "virtio")
+
+
 def kernel_command_line(
-    *, kind: str, wss_mib: int, threads: int, seed: int, time_writes: bool = False
+    *,
+    kind: str,
+    wss_mib: int,
+    threads: int,
+    seed: int,
+    time_writes: bool = False,
+    disk: str = "none",
+    net: bool = False,
+    display: bool = False,
+    balloon: bool = False,
 ) -> str:
     """Return the kernel command line that boots the guest into a workload.
 
@@ -95,6 +109,10 @@ def kernel_command_line(
     :param threads: writers, each on its own vCPU if there are as many.
     :param seed: of the sequence of pages; the same seed gives the same sequence.
     :param time_writes: whether the writers time their operations.
+    :param disk: the disk to put load on: "none", "ide" or "virtio".
+    :param net: exchange packets over the first network card.
+    :param display: draw on the screen.
+    :param balloon: load the balloon's driver.
     :raises UsageError: the guest would refuse these parameters.
     """
     if kind not in KINDS:
@@ -109,14 +127,20 @@ def kernel_command_line(
         raise UsageError(f"a {kind} workload needs a working set", "choose at least 1 MiB")
     if not 0 <= seed <= _MASK:
         raise UsageError(f"seed {seed}", "choose a number of 64 bits, not negative")
-    workload = (
+    if disk not in DISKS:
+        raise UsageError(f"unknown disk {disk!r}", f"choose one of {', '.join(DISKS)}")
+    workload = [
         f"lab.workload={kind}",
         f"lab.wss_mib={wss_mib}",
         f"lab.threads={threads}",
         f"lab.seed={seed}",
         f"lab.time_writes={int(time_writes)}",
-    )
-    return " ".join(KERNEL_PARAMETERS + workload)
+    ]
+    if disk != "none":
+        workload.append(f"lab.disk={disk}")
+    devices = {"net": net, "display": display, "balloon": balloon}
+    workload += [f"lab.{name}=1" for name, used in devices.items() if used]
+    return " ".join([*KERNEL_PARAMETERS, *workload])
 
 
 # Records
@@ -225,6 +249,10 @@ class ProgressPage:
     :param tick_ns: the guest's CLOCK_MONOTONIC at its last tick, ten times a second.
     :param latency_gpa: guest physical address of the latency page, 0 when nothing is timed.
     :param ops: operations completed, for each thread.
+    :param disk_ops: reads and writes of the disk done; like the next two, 0 without the device.
+    :param net_packets: packets that came back over the network.
+    :param display_writes: pages of the screen's memory written to.
+    :param device_errors: I/O errors, and wrong data from a disk, the network or the screen.
     """
 
     nonce: int
@@ -239,6 +267,10 @@ class ProgressPage:
     tick_ns: int
     latency_gpa: int
     ops: tuple[int, ...]
+    disk_ops: int = 0
+    net_packets: int = 0
+    display_writes: int = 0
+    device_errors: int = 0
 
     @property
     def total_ops(self) -> int:
@@ -277,6 +309,10 @@ class ProgressPage:
             tick_ns=word[11],
             latency_gpa=word[12],
             ops=tuple(word[PROGRESS_OPS + PROGRESS_OPS_STRIDE * i] for i in range(word[3])),
+            disk_ops=word[PROGRESS_DEVICES],
+            net_packets=word[PROGRESS_DEVICES + 1],
+            display_writes=word[PROGRESS_DEVICES + 2],
+            device_errors=word[PROGRESS_DEVICES + 3],
         )
 
 

@@ -1,5 +1,5 @@
 /*
- * workload: the only program of the guest.
+ * workload: the main part of the guest's only program; devices.c has the load on devices.
  *
  * It runs as PID 1, fills a working set with pages that describe themselves, and
  * then dirties them as fast as it can while checking every page it touches.  The
@@ -13,18 +13,16 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
 #define _GNU_SOURCE
+#include "workload.h"
+
 #include <errno.h>
 #include <stdarg.h>
 #include <stdatomic.h>
-#include <stdbool.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum {
-    PAGE_BYTES = 4096,
-    PAGE_WORDS = PAGE_BYTES / 8,
     MAX_THREADS = 62, /* slots of 8 words that fit in the progress page */
 
     /* Words of a working-set page.  All others hold filler(). */
@@ -36,7 +34,6 @@ enum {
 };
 
 static const uint64_t PAGE_MAGIC = UINT64_C(0x4547415042414c56); /* "VLABPAGE" */
-static const uint64_t GAMMA = UINT64_C(0x9e3779b97f4a7c15);      /* SplitMix64's increment */
 
 enum kind { KIND_IDLE = 0, KIND_SEQUENTIAL = 1, KIND_RANDOM = 2, KIND_SCATTERED = 3 };
 
@@ -49,25 +46,10 @@ enum { LATENCY_BITS = 6, LATENCY_SUBS = 1 << LATENCY_BITS, LATENCY_BUCKETS = 5 *
 
 /* ------------------------------------------------------------------ pure parts */
 
-/* The output function of SplitMix64: a bijection on 64 bits. */
-static inline uint64_t mix64(uint64_t z)
-{
-    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
-    return z ^ (z >> 31);
-}
-
 /* Where thread `thread`'s SplitMix64 sequence starts. */
 static inline uint64_t stream_start(uint64_t seed, uint64_t thread)
 {
     return mix64(seed ^ (GAMMA * (thread + 1)));
-}
-
-/* Scale a 64-bit random number to 0..pages-1: multiply and keep the high half, because
- * a division would be the slowest instruction of the loop. */
-static inline uint64_t scale(uint64_t random, uint64_t pages)
-{
-    return (uint64_t)((__extension__ (unsigned __int128)random * pages) >> 64);
 }
 
 /* First page of thread `thread` out of `threads` that share `wss_pages`; the range ends
@@ -342,24 +324,9 @@ int main(int argc, char **argv)
 #define GRND_INSECURE 4
 #endif
 
-enum {
-    /* Words of the progress page. */
-    PROGRESS_MAGIC = 0,
-    PROGRESS_LAYOUT = 1,
-    PROGRESS_NONCE = 2,
-    PROGRESS_THREADS = 3,
-    PROGRESS_WSS_PAGES = 4,
-    PROGRESS_KIND = 5,
-    PROGRESS_SEED = 6,
-    PROGRESS_STATE = 7,
-    PROGRESS_ERRORS = 8,
-    PROGRESS_CHECKS = 9,
-    PROGRESS_TABLE_GPA = 10,
-    PROGRESS_TICK_NS = 11,
-    PROGRESS_LATENCY_GPA = 12,
-    PROGRESS_OPS = 16,
-    PROGRESS_OPS_STRIDE = 8, /* a cache line per thread */
+#define COUNT(array) (sizeof(array) / sizeof(*(array)))
 
+enum {
     STATE_POPULATING = 1,
     STATE_RUNNING = 2,
 
@@ -391,9 +358,12 @@ struct parameters {
     uint64_t threads;
     uint64_t seed;
     uint64_t time_writes;
+    struct devices devices;
 };
 
-static volatile uint64_t *progress;
+static const char *const DISK_NAMES[] = {"none", "ide", "virtio"};
+
+volatile uint64_t *progress;
 static volatile uint64_t *latency; /* the latency page, or NULL */
 static struct writer writers[MAX_THREADS];
 
@@ -403,8 +373,7 @@ static pthread_mutex_t pause_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t pause_changed = PTHREAD_COND_INITIALIZER;
 static uint64_t writers_paused;
 
-/* One record is one write(), so that no other line can get into it. */
-static __attribute__((format(printf, 1, 2))) void record(const char *format, ...)
+void record(const char *format, ...)
 {
     char line[512];
     va_list args;
@@ -445,7 +414,7 @@ static _Noreturn void power_off(void)
     }
 }
 
-static _Noreturn __attribute__((format(printf, 1, 2))) void fail(const char *format, ...)
+void fail(const char *format, ...)
 {
     char text[400];
     va_list args;
@@ -457,7 +426,7 @@ static _Noreturn __attribute__((format(printf, 1, 2))) void fail(const char *for
     power_off();
 }
 
-static uint64_t now_ns(void)
+uint64_t now_ns(void)
 {
     struct timespec now;
 
@@ -527,16 +496,22 @@ static uint64_t number(const char *name, const char *value, uint64_t least, uint
     return result;
 }
 
+/* The position of a value in a list of names. */
+static unsigned choice(const char *name, const char *value, const char *const *names,
+                       unsigned count)
+{
+    for (unsigned i = 0; i < count; i++) {
+        if (!strcmp(value, names[i])) {
+            return i;
+        }
+    }
+    fail("what=parameter name=%s value=%s", name, printable(value));
+}
+
 static void parse_parameter(struct parameters *p, const char *name, const char *value)
 {
     if (!strcmp(name, "lab.workload")) {
-        for (unsigned kind = 0; kind < sizeof(KIND_NAMES) / sizeof(*KIND_NAMES); kind++) {
-            if (!strcmp(value, KIND_NAMES[kind])) {
-                p->kind = (enum kind)kind;
-                return;
-            }
-        }
-        fail("what=parameter name=%s value=%s", name, printable(value));
+        p->kind = (enum kind)choice(name, value, KIND_NAMES, COUNT(KIND_NAMES));
     } else if (!strcmp(name, "lab.wss_mib")) {
         p->wss_mib = number(name, value, 0, UINT64_C(1) << 20);
     } else if (!strcmp(name, "lab.threads")) {
@@ -545,6 +520,14 @@ static void parse_parameter(struct parameters *p, const char *name, const char *
         p->seed = number(name, value, 0, UINT64_MAX);
     } else if (!strcmp(name, "lab.time_writes")) {
         p->time_writes = number(name, value, 0, 1);
+    } else if (!strcmp(name, "lab.disk")) {
+        p->devices.disk = (enum disk)choice(name, value, DISK_NAMES, COUNT(DISK_NAMES));
+    } else if (!strcmp(name, "lab.net")) {
+        p->devices.net = number(name, value, 0, 1);
+    } else if (!strcmp(name, "lab.display")) {
+        p->devices.display = number(name, value, 0, 1);
+    } else if (!strcmp(name, "lab.balloon")) {
+        p->devices.balloon = number(name, value, 0, 1);
     } else {
         char unknown[64];
 
@@ -583,8 +566,7 @@ static struct parameters read_parameters(void)
 
 /* -------------------------------------------------------------------- memory */
 
-/* Zero-filled, resident memory in pages of 4 KiB, so that one write dirties one page. */
-static void *allocate(uint64_t bytes)
+void *allocate(uint64_t bytes)
 {
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
@@ -897,7 +879,8 @@ int main(void)
     if (p.kind != KIND_IDLE && wss_pages < p.threads) {
         fail("what=parameter name=lab.wss_mib value=%llu", (unsigned long long)p.wss_mib);
     }
-    check_memory(p.wss_mib + (wss_pages * sizeof(*table) >> 20));
+    load_drivers(&p.devices);
+    check_memory(p.wss_mib + (wss_pages * sizeof(*table) >> 20) + devices_need_mib(&p.devices));
 
     progress = allocate_locked(PAGE_BYTES);
     nonce = make_nonce();
@@ -946,6 +929,7 @@ int main(void)
     if (p.kind != KIND_IDLE) {
         warm_up(&p, wss_pages);
     }
+    start_devices(&p.devices, p.seed);
     tick(&p);
     progress[PROGRESS_STATE] = STATE_RUNNING;
     record("LAB1 ready nonce=%016llx progress_gpa=%llx wss_pages=%llu threads=%llu seed=%llu"

@@ -7,6 +7,7 @@ import pytest
 
 from lab import host, ram
 from lab.commandline import Channels, check_host, qemu_command
+from lab.devices import DeviceFiles
 from lab.errors import HostError, UsageError
 from lab.guest.build import Guest
 from lab.scenario import Machine, RamKind, Workload
@@ -27,6 +28,7 @@ def command_for(machine: Machine, *, incoming: bool = False, paused: bool = Fals
         Workload("random", wss_mib=64),
         GUEST,
         Channels(qmp=5, serial=6),
+        DeviceFiles(Path("/files")),
         name="lab-x",
         machine_type="pc-i440fx-10.0",
         incoming=incoming,
@@ -114,6 +116,17 @@ def test_memory_that_is_there_twice_is_asked_for_twice(monkeypatch: pytest.Monke
 def test_several_vcpus_get_a_thread_each() -> None:
     assert "tcg,thread=multi" in command_for(Machine(vcpus=2))
     assert "tcg" in command_for(Machine(vcpus=1))
+
+
+def test_the_guest_is_told_which_devices_to_use() -> None:
+    command = command_for(Machine(disk="ide", net=True, vnc=True, balloon=True))
+    told = command[command.index("-append") + 1].split()
+    assert {"lab.disk=ide", "lab.net=1", "lab.display=1", "lab.balloon=1"} < set(told)
+    without = command_for(Machine())
+    assert not any(
+        word.startswith(("lab.disk", "lab.net", "lab.display", "lab.balloon"))
+        for word in without[without.index("-append") + 1].split()
+    )
 
 
 @pytest.mark.parametrize("argument", ["-S", "--incoming", "-daemonize", "-m", "-accel"])

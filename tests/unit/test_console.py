@@ -56,3 +56,18 @@ async def test_a_mangled_record_is_reported_to_whoever_waits() -> None:
             theirs.sendall(b"LAB1 rea#y\n")
             with pytest.raises(GuestError, match="not a record"):
                 await console.wait_record(_is_error, timeout_s=BOUND_S)
+
+
+async def test_a_record_that_a_reset_cut_short_is_not_waited_for_in_vain() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        async with attached(ours) as console:
+            theirs.sendall(b"LAB1 rea")
+            console.restarted()
+            theirs.sendall(b"LAB1 hello version=1\nLAB1 error what=wss\n")
+            record = await console.wait_record(_is_error, timeout_s=BOUND_S)
+            assert record.fields == {"what": "wss"}
+            # From then on nothing is skipped any more.
+            theirs.sendall(b"LAB1 rea#y\n")
+            with pytest.raises(GuestError, match="not a record"):
+                await console.wait_record(_is_error, since=len(console.records), timeout_s=BOUND_S)

@@ -56,6 +56,23 @@ def test_the_initramfs_has_an_executable_init_and_a_console() -> None:
     assert "proc" in entries
 
 
+def test_the_initramfs_has_drivers_and_the_order_in_which_they_load() -> None:
+    def driver(name: str, *needed: str) -> bytes:
+        return b"\0license=GPL\0depends=%s\0name=%s\0" % (",".join(needed).encode(), name.encode())
+
+    drivers = {
+        "virtio_blk": driver("virtio_blk", "virtio", "virtio_ring"),
+        "virtio_ring": driver("virtio_ring"),
+        "virtio": driver("virtio", "virtio_ring"),
+    }
+    archive = build.initramfs_archive(b"program", drivers)
+    entries = {e.path: e.data for e in newc.read_archive(archive)}
+    assert entries["modules/virtio.ko"] == drivers["virtio"]
+    # virtio_pci is not there: this kernel has it built in.
+    assert entries["modules/disk-virtio.list"] == b"virtio_ring\nvirtio\nvirtio_blk\n"
+    assert entries["modules/disk-ide.list"] == b""
+
+
 @pytest.mark.usefixtures("cache")
 def test_a_guest_that_is_not_built_names_the_remedy() -> None:
     with pytest.raises(HostError) as caught:
@@ -143,6 +160,10 @@ for package; do :; done
 : > "$package.deb"
 """
 DPKG_DEB = """#!/bin/sh
+drivers="$3/lib/modules/9.9.9-cloud-amd64/kernel/drivers"
+mkdir -p "$drivers" && printf 'depends=' > "$drivers/virtio_blk.ko"
+printf '\\0depends=lost-and-found\\0' | xz > "$drivers/virtio-pci.ko.xz"
+printf 'unwanted' > "$drivers/e1000.ko"
 mkdir -p "$3/boot" && cp "$FAKE_KERNEL" "$3/boot/vmlinuz-9.9.9-cloud-amd64"
 """
 
@@ -170,4 +191,8 @@ async def test_empty_package_lists_are_replaced_by_private_ones(
         "guest: compiling the workload",
     ]
     assert build.find_guest() == guest
+    entries = {e.path: e.data for e in newc.read_archive(guest.initramfs.read_bytes())}
+    assert entries["modules/disk-virtio.list"] == b"virtio_pci\nvirtio_blk\n"
+    assert entries["modules/virtio_pci.ko"] == b"\0depends=lost-and-found\0"
+    assert "modules/e1000.ko" not in entries
     assert not [path for path in cache.iterdir() if path.name.startswith(".")]

@@ -174,9 +174,17 @@ def test_the_command_line_has_what_the_guest_reads() -> None:
     ]
 
 
+def test_devices_are_named_only_where_there_are_some() -> None:
+    words = kernel_command_line(
+        kind="idle", wss_mib=0, threads=1, seed=1, disk="ide", display=True
+    ).split()
+    assert words[-2:] == ["lab.disk=ide", "lab.display=1"]
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        {"disk": "floppy"},
         {"kind": "zipf"},
         {"threads": 0},
         {"threads": 63},

@@ -184,6 +184,7 @@ def test_the_summary_line_has_every_field_and_null_for_what_does_not_apply() -> 
     assert line["pause_ms"] == 3.5
     assert line["engine"] is None
     assert line["wss_mib"] is None
+    assert (line["disk"], line["disk_cache"], line["net"]) == ("none", None, False)
     assert line["verified"] is None
 
 

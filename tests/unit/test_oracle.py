@@ -47,7 +47,7 @@ def test_a_dump_is_sparse_and_every_differing_page_is_found(tmp_path: Path) -> N
     for page in (0, 5, 6, 22):
         memory.buffer[page * PAGE_BYTES + 17] = page + 1
     memory.buffer[23 * PAGE_BYTES + 99] = 9
-    dump = _Dump(tmp_path / "ram", [memory.block])
+    dump = _Dump(tmp_path / "ram", [memory.block], nonce=None)
     _write_dump(os.getpid(), dump)
     assert dump.path.stat().st_size == 24 * PAGE_BYTES
     assert dump.path.stat().st_blocks * 512 < 24 * PAGE_BYTES

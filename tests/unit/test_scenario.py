@@ -24,8 +24,20 @@ from lab.scenario import (
     to_json,
 )
 
+disks: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries(
+        {"disk": st.sampled_from(["ide", "virtio"])},
+        optional={"disk_cache": st.sampled_from(["writeback", "none"])},
+    ),
+    st.just({"disk": "virtio", "disk_cache": "none", "disk_aio": "native", "disk_iothread": True}),
+)
 machines = st.builds(
-    Machine,
+    lambda disk, **others: Machine(**disk, **others),
+    disks,
+    net=st.booleans(),
+    vnc=st.booleans(),
+    balloon=st.booleans(),
     ram_mib=st.integers(MIN_RAM_MIB, 65536),
     vcpus=st.integers(1, 8),
     accel=st.sampled_from(["tcg", "kvm"]),
@@ -67,6 +79,11 @@ def test_flags_default_to_the_fields_and_set_every_field(
     argv = [f"--ram-mib={machine.ram_mib}", f"--vcpus={machine.vcpus}", f"--accel={machine.accel}"]
     argv += [f"--ram-kind={machine.ram_kind}", *(f"--extra-arg={a}" for a in machine.extra_args)]
     argv += {None: [], True: ["--thp"], False: ["--no-thp"]}[machine.thp]
+    argv += [f"--disk={machine.disk}", f"--disk-cache={machine.disk_cache}"]
+    argv += [f"--disk-aio={machine.disk_aio}"]
+    for name in ("disk_iothread", "net", "vnc", "balloon"):
+        flag = name.replace("_", "-")
+        argv.append(f"--{flag}" if getattr(machine, name) else f"--no-{flag}")
     argv += [f"--workload={workload.kind}", f"--wss-mib={workload.wss_mib}"]
     argv += [f"--threads={workload.threads}", f"--seed={workload.seed}"]
     namespace = parser.parse_args(argv)
@@ -92,6 +109,7 @@ def test_dimensions_name_every_parameter_once() -> None:
         ({"ram_mib": "1024"}, "ram_mib"),
         ({"ram_mib": 1}, "ram_mib is 1"),
         ({"colour": "red"}, "colour"),
+        ({"disk": "ide", "disk_aio": "native"}, "disk_aio native does not work"),
         ([], "machine"),
     ],
 )
@@ -119,6 +137,12 @@ def test_an_unknown_key_deep_inside_is_refused() -> None:
         lambda: Machine(ram_kind="hugetlb", ram_mib=257),
         lambda: Machine(ram_kind="hugetlb", thp=True),
         lambda: Machine(**_untyped({"extra_args": ["-S"]})),
+        lambda: Machine(**_untyped({"disk": "floppy"})),
+        lambda: Machine(**_untyped({"net": 1})),
+        lambda: Machine(disk_cache="none"),
+        lambda: Machine(disk_iothread=True),
+        lambda: Machine(disk="virtio", disk_aio="native"),
+        lambda: Machine(disk="ide", disk_iothread=True),
         lambda: Workload(**_untyped({"kind": "busy"})),
         lambda: Workload(threads=0),
         lambda: Scenario(method="magic"),

@@ -1,5 +1,6 @@
 """An image is restored as its sidecar says, or refused in one line."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def test_a_sidecar_survives_its_file(image: Path) -> None:
     assert read_sidecar(image) == SIDECAR
 
 
+def test_a_guest_that_was_booting_has_said_nothing(image: Path) -> None:
+    booting = dataclasses.replace(SIDECAR, ready=None)
+    sidecar_path(image).write_text(booting.to_text())
+    assert read_sidecar(image) == booting
+
+
 def refused(image: Path) -> str:
     with pytest.raises(RestoreError) as caught:
         read_sidecar(image)
@@ -91,7 +98,7 @@ def test_another_format_is_refused(image: Path) -> None:
         {"machine": {"ram_mib": 1}},
         {"machine": {"colour": "red"}},
         {"machine": 3},
-        {"ready": None},
+        {"ready": 3},
         {"ready": {"nonce": "xyz"}},
         {"binary": {"path": 3}},
         {"format": ...},
