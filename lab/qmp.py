@@ -63,15 +63,17 @@ class Qmp:
         arguments: Mapping[str, object] | None = None,
         *,
         timeout_s: float = COMMAND_TIMEOUT_S,
+        out_of_band: bool = False,
     ) -> Any:
         """Run one command and return what QEMU returns.
 
+        :param out_of_band: have it run at once, even if QEMU's main thread hangs; few commands can.
         :raise QmpError: when QEMU refuses the command (the text is QEMU's), does not answer in
             time or is gone.
         """
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._client.execute(command, arguments)
+                return await self._client.execute(command, arguments, oob=out_of_band)
         except ExecuteError as error:
             raise QmpError(str(error)) from error
         except TimeoutError as error:

@@ -495,6 +495,8 @@ class _Attempt:
         if self.vm.qmp.is_lost:
             return
         try:
+            if self.how.mechanism == "background":
+                await self._free_guest()
             if not await self._is_idle():
                 await self.vm.execute("migrate_cancel")
                 await self._settle()
@@ -512,6 +514,16 @@ class _Attempt:
             if event.name == "RESET":
                 return None
         return self.ready_at_request
+
+    async def _free_guest(self) -> None:
+        """Have QEMU release the guest's memory although the image's disk may not answer.
+
+        The guest may wait for a page with QEMU's big lock held, as when an interrupt is delivered.
+        Then QEMU would not hear of being cancelled before the disk answers.
+        """
+        with contextlib.suppress(QmpError):  # no migration has begun
+            instances = [{"type": "migration"}]
+            await self.vm.qmp.execute("yank", {"instances": instances}, out_of_band=True)
 
     def result(self, image: Path, size: int, sampler: ProgressSampler | None) -> Snapshot:
         assert self.completed is not None

@@ -1,0 +1,91 @@
+/*
+ * A gate in front of QEMU's userfaultfd calls, loaded with LD_PRELOAD by the tests of failures.
+ *
+ * A phase of a snapshot lasts for microseconds, so that nothing can be sent to QEMU "during" it by
+ * chance. Here a call can be held until the test lets it go on, or be made to fail. The test and
+ * this code share one page, the file that LAB_GATES names: an array of struct gate by the order of
+ * the names in gate.py. Calls that no gate is shut for go to the kernel as they are.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { OPEN, HOLD, FAIL };
+enum { REGISTER, PROTECT, RELEASE, UNREGISTER, GATES };
+
+struct gate {
+    _Atomic int state;
+    _Atomic int error; /* errno of a call that fails */
+    _Atomic int skip;  /* calls to let pass before */
+    _Atomic int hits;  /* calls that were held, or failed */
+};
+
+static struct gate *gates;
+static int (*real_ioctl)(int, unsigned long, ...);
+
+__attribute__((constructor)) static void attach(void)
+{
+    const char *path = getenv("LAB_GATES");
+    int fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
+    void *page;
+
+    real_ioctl = dlsym(RTLD_NEXT, "ioctl");
+    if (fd < 0) {
+        return;
+    }
+    page = mmap(NULL, GATES * sizeof(struct gate), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    if (page != MAP_FAILED) {
+        gates = page;
+    }
+}
+
+static int gate_of(unsigned long request, const void *argument)
+{
+    switch (request) {
+    case UFFDIO_REGISTER:
+        return REGISTER;
+    case UFFDIO_WRITEPROTECT:
+        return ((const struct uffdio_writeprotect *)argument)->mode & UFFDIO_WRITEPROTECT_MODE_WP
+                   ? PROTECT : RELEASE;
+    case UFFDIO_UNREGISTER:
+        return UNREGISTER;
+    default:
+        return -1;
+    }
+}
+
+int ioctl(int fd, unsigned long request, ...)
+{
+    va_list list;
+    void *argument;
+    int number;
+
+    va_start(list, request);
+    argument = va_arg(list, void *);
+    va_end(list);
+
+    number = gates ? gate_of(request, argument) : -1;
+    if (number >= 0 && gates[number].state != OPEN && atomic_fetch_sub(&gates[number].skip, 1) <= 0) {
+        struct gate *gate = &gates[number];
+
+        atomic_fetch_add(&gate->hits, 1);
+        if (gate->state == FAIL) {
+            errno = gate->error;
+            return -1;
+        }
+        while (gate->state == HOLD) {
+            nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
+        }
+    }
+    return real_ioctl(fd, request, argument);
+}
