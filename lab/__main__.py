@@ -31,6 +31,7 @@ COMMANDS = (
     "compare",
     "report",
     "reproduce",
+    "soak",
 )
 
 EXIT_FAILED = 1

@@ -24,6 +24,7 @@ order of its stores.
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,8 +68,9 @@ class Verification:
 
     `equal` is the verdict: the same blocks, every byte of them equal, and the working set what a
     replay gives (`replay`; None for the idle workload, which has nothing to replay, and for a guest
-    that was taken while it booted).  `detail` is
-    one line about what is wrong, empty when nothing is.
+    that was taken while it booted).  `faults` is how many writes of the guest the snapshot held
+    up, None where QEMU does not count them.  `detail` is one line about what is wrong, empty when
+    nothing is.
     """
 
     method: str
@@ -79,6 +81,7 @@ class Verification:
     operations: int
     replay: WorkingSetCheck | None
     detail: str
+    faults: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,16 @@ class _Dump:
             offset += -(-block.used_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-async def verify_method(vm: VM, method: str, workdir: Path, *, channels: int = 1) -> Verification:
+async def verify_method(
+    vm: VM, method: str, workdir: Path, *, channels: int = 1, fault_log: bool = False
+) -> Verification:
     """Take a snapshot of `vm` by `method`, restore it elsewhere and compare all of its RAM.
 
     Needs, in `workdir`, room for the image and for all of the guest's pages that are not zero, and
     host memory for a second guest.  The guest runs on afterwards.  Nothing is left in `workdir`.
 
     :param channels: how many threads restore it, see `restore`.
+    :param fault_log: log write faults while it is taken, see `VM.snapshot`.
     :raise UsageError: when the method does not exist or needs the other QEMU.
     :raise SnapshotError: when the snapshot fails.
     :raise RestoreError: when it can not be restored.
@@ -117,14 +123,16 @@ async def verify_method(vm: VM, method: str, workdir: Path, *, channels: int = 1
         await asyncio.to_thread(_write_dump, vm.pid, dump)
 
     try:
-        snapshot = await take(vm, image, method, progress=False, fault_log=False, hold=copy_out)
+        snapshot = await take(vm, image, method, progress=False, fault_log=fault_log, hold=copy_out)
         if dump is None:
             raise SnapshotError(f"{method} never held the guest at its instant")
         async with restore(image, paused=True, channels=channels) as restored:
             found = {block.name: block for block in await restored.ram_blocks()}
-            return await asyncio.to_thread(
-                _judge, vm, dump, restored.pid, found, METHODS[snapshot.method].name
-            )
+            how = METHODS[snapshot.method]
+            verdict = await asyncio.to_thread(_judge, vm, dump, restored.pid, found, how.name)
+        # QEMU goes on telling about the last background snapshot after an ordinary migration.
+        faults = snapshot.counters.get("faults") if how.mechanism == "background" else None
+        return dataclasses.replace(verdict, faults=faults)
     finally:
         for path in (image, image.with_name(image.name + ".json"), dump_path):
             path.unlink(missing_ok=True)

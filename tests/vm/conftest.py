@@ -15,24 +15,25 @@ _NR_HUGEPAGES = Path(f"/sys/kernel/mm/hugepages/hugepages-{HUGE_PAGE_MIB * 1024}
 
 
 @pytest.fixture
-def reserve_huge_pages() -> Iterator[Callable[[int], None]]:
+def reserve_huge_pages() -> Iterator[Callable[[int], str]]:
     """A function that sees to it that so many MiB of huge pages can be had, until the test ends.
 
-    It skips the test where that needs permission or memory that is not there.
+    It returns why not, where that needs permission or memory that is not there.
     """
     before = huge_pages()[0]
 
-    def reserve(needed_mib: int) -> None:
+    def reserve(needed_mib: int) -> str:
         reserved, available = huge_pages()
         missing = -(-needed_mib // HUGE_PAGE_MIB) - available
         if missing <= 0:
-            return
+            return ""
         try:
             _NR_HUGEPAGES.write_text(str(reserved + missing))
         except OSError as error:
-            pytest.skip(f"huge pages can not be reserved: {error.strerror}")
+            return f"huge pages can not be reserved: {error.strerror}"
         if huge_pages()[1] * HUGE_PAGE_MIB < needed_mib:
-            pytest.skip(f"this host has no {needed_mib} MiB of huge pages")
+            return f"this host has no {needed_mib} MiB of huge pages"
+        return ""
 
     yield reserve
     if huge_pages()[0] != before:

@@ -1,0 +1,157 @@
+"""``lab soak``: random snapshots of random guests, every byte compared."""
+
+import argparse
+import random
+import sys
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from lab.errors import UsageError
+from lab.progress import ProgressLine
+from lab.scenario import METHODS, RamKind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lab.draw import Choice, Trial
+    from lab.tally import Result
+
+DEFAULT_MINUTES = 5.0
+MAX_SEED = 1_000_000_000
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "soak",
+        help="verify random snapshots of random guests",
+        description="Take snapshots of guests, both drawn at random, restore each and compare "
+        "every byte of RAM. What differs or fails is listed with the command that does it again. "
+        "Exit status 1 when anything did.",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help=f"begin no snapshot after so long (default {DEFAULT_MINUTES:g} without --iterations)",
+    )
+    parser.add_argument("--iterations", type=int, metavar="N", help="end after so many snapshots")
+    parser.add_argument(
+        "--seed", type=int, metavar="S", help="seed of the first guest (default: any)"
+    )
+    parser.add_argument(
+        "--method",
+        action="append",
+        dest="methods",
+        metavar="METHOD",
+        help=f"repeatable; draw only these of {', '.join(METHODS)}",
+    )
+    parser.add_argument(
+        "--ram-kind",
+        action="append",
+        dest="ram_kinds",
+        metavar="KIND",
+        help=f"repeatable; draw only these of {', '.join(get_args(RamKind))} (default: all that "
+        "this host has)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the record (default: a new one in the cache)"
+    )
+    parser.add_argument("--json", action="store_true", help="the record on stdout as well")
+    parser.set_defaults(handler=_soak)
+
+
+async def _soak(args: argparse.Namespace) -> int:
+    from lab.cache import cache_dir
+    from lab.draw import Choice
+    from lab.host import HostInfo
+    from lab.qemu.build import VARIANTS, find_qemu
+    from lab.soak import soak, survey
+    from lab.tally import header_line, result_line, summary_line
+    from lab.workdir import private_folder
+
+    for name, value in (("--minutes", args.minutes), ("--iterations", args.iterations)):
+        if value is not None and value <= 0:
+            raise UsageError(f"{name} {value}", "give a number above 0")
+    choice = Choice(
+        methods=tuple(dict.fromkeys(args.methods or Choice().methods)),
+        ram_kinds=tuple(dict.fromkeys(args.ram_kinds or Choice().ram_kinds)),
+    )
+    seed = random.randrange(MAX_SEED) if args.seed is None else args.seed
+    minutes = args.minutes
+    if minutes is None and args.iterations is None:
+        minutes = DEFAULT_MINUTES
+    ground = {
+        "host": HostInfo.collect(),
+        "qemu": {
+            name: f"{binary.version} ({binary.build_id})"
+            for name in VARIANTS
+            for binary in (find_qemu(name),)
+        },
+    }
+    out = args.out or _default_record(cache_dir())
+    results: list[Result] = []
+    with ExitStack() as stack:
+        record = stack.enter_context(out.open("x", encoding="utf-8"))
+        folder = stack.enter_context(private_folder("soak-", cache_dir()))
+        line = stack.enter_context(ProgressLine())
+
+        def write(text: str) -> None:
+            # At once: what is known before the machine goes down is what a soak is for.
+            print(text, file=record, flush=True)
+            if args.json:
+                print(text, flush=True)
+
+        def on_start(number: int, trial: "Trial", shot: int) -> None:
+            of = "" if args.iterations is None else f"/{args.iterations}"
+            bad = sum(result.outcome != "equal" for result in results)
+            line(
+                f"snapshot {number}{of}, {bad} not equal: {trial.shots[shot - 1].method}, "
+                f"{trial.machine.ram_kind}, {trial.machine.vcpus} vCPU, {trial.workload.kind}, "
+                f"seed {trial.seed}"
+            )
+
+        def on_result(result: "Result") -> None:
+            results.append(result)
+            write(result_line(result))
+
+        offer = survey(folder, choice)
+        missing = [kind for kind in choice.ram_kinds if kind not in offer.ram_kinds]
+        if missing:
+            line(f"not on this host, so memfd instead: {', '.join(missing)}; see `lab doctor`")
+        write(header_line(seed, choice, offer, ground))
+        try:
+            await soak(
+                seed=seed,
+                iterations=args.iterations,
+                minutes=minutes,
+                choice=choice,
+                offer=offer,
+                folder=folder,
+                on_start=on_start,
+                on_result=on_result,
+            )
+        finally:
+            # Interrupted, too: what was verified until then counts.
+            write(summary_line(results))
+            stack.close()
+            _print_findings(results, choice, as_json=args.json)
+            print(f"record: {out}", file=sys.stderr)
+    return 0 if all(result.outcome == "equal" for result in results) else 1
+
+
+def _default_record(cache: Path) -> Path:
+    folder = cache / "soak"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder / f"{datetime.now(UTC).strftime('%Y%m%dT%H%M%S%fZ')}.jsonl"
+
+
+def _print_findings(results: "Sequence[Result]", choice: "Choice", *, as_json: bool) -> None:
+    from lab.tally import findings, tally_text
+
+    if results and not as_json:
+        print(tally_text(results))
+    for text in findings(results, choice):
+        print(text, file=sys.stderr)

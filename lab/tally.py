@@ -1,0 +1,212 @@
+"""What a soak found: one result an iteration, recorded as a line of JSON, read again, added up."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import msgspec
+
+from lab import __version__
+from lab.draw import Choice, Offer
+from lab.errors import RunError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = "lab.soak/1"
+
+Outcome = Literal["equal", "differs", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One iteration: what was done and what came of it.
+
+    `shot` counts the trial's snapshots from 1.  `pages_*` are of 4096 bytes, over all RAM blocks;
+    `faults` is how many writes the snapshot held up, None where QEMU does not say.  `detail` is
+    one line about what is wrong, empty when nothing is.
+    """
+
+    iteration: int
+    seed: int
+    shot: int
+    method: str
+    machine: dict[str, Any]
+    workload: dict[str, Any]
+    variant: str
+    fault_around_pages: int
+    chunk_kib: int
+    buffer_mib: int
+    log_faults: bool
+    channels: int
+    balloon_mib: int
+    reset: bool
+    outcome: Outcome
+    detail: str = ""
+    pages_compared: int = 0
+    pages_differing: int = 0
+    faults: int | None = None
+
+    def reproduce(self, choice: Choice) -> str:
+        """Return the command that does this iteration again, and the trial's before it."""
+        command = ["lab", "soak", "--seed", str(self.seed), "--iterations", str(self.shot)]
+        return shlex.join([*command, *choice_arguments(choice)])
+
+
+def choice_arguments(choice: Choice) -> list[str]:
+    """Return the flags that restrict a soak to `choice`."""
+    flags = []
+    if choice.methods != Choice().methods:
+        flags += [f"--method={name}" for name in choice.methods]
+    if choice.ram_kinds != Choice().ram_kinds:
+        flags += [f"--ram-kind={kind}" for kind in choice.ram_kinds]
+    return flags
+
+
+def header_line(seed: int, choice: Choice, offer: Offer, ground: Mapping[str, Any]) -> str:
+    """Return the first line of a record: what was drawn from, and on what host."""
+    return _line(
+        {
+            "record": "soak",
+            "format": FORMAT,
+            "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            "lab": __version__,
+            "seed": seed,
+            "choice": choice,
+            "offer": offer,
+            **ground,
+        }
+    )
+
+
+def result_line(result: Result) -> str:
+    """Return one iteration as a line of a record."""
+    return _line({"record": "iteration", **msgspec.to_builtins(result)})
+
+
+def summary_line(results: Sequence[Result]) -> str:
+    """Return the last line of a record: what its iterations add up to."""
+    return _line({"record": "summary", **summarise(results)})
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return msgspec.json.encode(record, order="deterministic").decode()
+
+
+def read_record(path: Path) -> list[Result]:
+    """Read the iterations of a record.
+
+    :raise RunError: when the file can not be read, or is of another version.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        formats = {line["format"] for line in lines if line["record"] == "soak"}
+        if formats != {FORMAT}:
+            raise RunError(
+                f"{path.name} has format {', '.join(sorted(formats))} and this lab reads {FORMAT}",
+                "use the version of the lab that wrote it",
+            )
+        return [
+            msgspec.convert({k: v for k, v in line.items() if k != "record"}, Result)
+            for line in lines
+            if line["record"] == "iteration"
+        ]
+    except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError) as error:
+        raise RunError(f"{path} is not a soak's record: {error}", "name a whole one") from error
+
+
+def summarise(results: Sequence[Result]) -> dict[str, Any]:
+    """Add up results: how many of each outcome, pages and faults, and how many iterations there
+    were by method, kind of RAM, vCPUs and workload.
+    """
+    outcomes = Counter(result.outcome for result in results)
+    return {
+        "iterations": len(results),
+        "trials": len({result.seed for result in results}),
+        "seeds": _ranges(sorted({result.seed for result in results})),
+        **{name: outcomes[name] for name in get_args(Outcome)},
+        "pages_compared": sum(result.pages_compared for result in results),
+        "pages_differing": sum(result.pages_differing for result in results),
+        "faults": sum(result.faults or 0 for result in results),
+        "by_method": _counts(result.method for result in results),
+        "by_ram_kind": _counts(result.machine["ram_kind"] for result in results),
+        "by_vcpus": _counts(str(result.machine["vcpus"]) for result in results),
+        "by_workload": _counts(result.workload["kind"] for result in results),
+        "by_disk": _counts(_disk(result.machine) for result in results),
+        "with": {
+            name: sum(bool(result.machine[name]) for result in results)
+            for name in ("net", "vnc", "balloon")
+        },
+        "while_booting": sum(result.reset for result in results),
+    }
+
+
+def _disk(machine: Mapping[str, Any]) -> str:
+    """Name a disk by what makes a difference to who writes to guest RAM."""
+    if machine["disk"] == "none":
+        return "none"
+    thread = " iothread" if machine["disk_iothread"] else ""
+    return f"{machine['disk']} {machine['disk_cache']} {machine['disk_aio']}{thread}"
+
+
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items()))
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write rising numbers as 1-3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def df_tally(results: Sequence[Result]) -> pd.DataFrame:
+    """Return how many iterations there were: a row a method, a column a kind of RAM and a number
+    of vCPUs.
+    """
+    import pandas as pd
+
+    frame = pd.DataFrame(
+        {
+            "method": [result.method for result in results],
+            "kind": [result.machine["ram_kind"] for result in results],
+            "vcpus": [f"{result.machine['vcpus']} vCPU" for result in results],
+        }
+    )
+    both = [pd.crosstab(frame["method"], frame[name]) for name in ("kind", "vcpus")]
+    return pd.concat(both, axis="columns").reset_index()
+
+
+def tally_text(results: Sequence[Result]) -> str:
+    """Return what results add up to, for people."""
+    from lab.summary import text_table
+
+    total = summarise(results)
+    return (
+        f"{text_table(df_tally(results))}\n\n"
+        f"{total['iterations']} snapshots of {total['trials']} guests, seeds {total['seeds']}: "
+        f"{total['equal']} equal, {total['differs']} differ, {total['failed']} failed\n"
+        f"{total['pages_compared']} pages compared, {total['pages_differing']} differ; "
+        f"{total['faults']} writes were held up"
+    )
+
+
+def findings(results: Iterable[Result], choice: Choice) -> list[str]:
+    """Return two lines for each result that is not equal: what, and how to see it again."""
+    return [
+        f"{result.outcome}: {result.method}, seed {result.seed}, snapshot {result.shot}: "
+        f"{result.detail}\n  again: {result.reproduce(choice)}"
+        for result in results
+        if result.outcome != "equal"
+    ]

@@ -1,0 +1,168 @@
+"""Whatever is drawn can be run, and the same seed gives the same trial."""
+
+import dataclasses
+import json
+import typing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab.draw import (
+    BUFFER_MIB,
+    CHUNK_KIB,
+    FAULT_AROUND_PAGES,
+    MACHINE,
+    SHOTS,
+    WORKLOAD,
+    Choice,
+    Offer,
+    Trial,
+    draw,
+)
+from lab.errors import UsageError
+from lab.scenario import (
+    METHODS,
+    RAM_RESERVE_MIB,
+    Machine,
+    RamKind,
+    Scenario,
+    Workload,
+    from_json,
+    to_json,
+)
+
+KINDS = typing.get_args(RamKind)
+#: Fields that are not drawn: KVM is not everywhere, and the other is what `draw` itself fills.
+NOT_DRAWN = {"accel", "extra_args"}
+
+seeds = st.integers(0, 2**63)
+offers = st.builds(
+    Offer,
+    ram_kinds=st.frozensets(st.sampled_from(KINDS)).map(lambda kinds: kinds | {"anon", "memfd"}),
+    thp=st.booleans(),
+    shmem_thp=st.booleans(),
+    direct_io=st.booleans(),
+    disk_direct_io=st.booleans(),
+)
+choices = st.builds(
+    Choice,
+    methods=st.lists(st.sampled_from(sorted(METHODS)), min_size=1, unique=True).map(tuple),
+    ram_kinds=st.lists(st.sampled_from(KINDS), min_size=1, unique=True).map(tuple),
+)
+
+
+def many(count: int = 400, offer: Offer | None = None) -> list[Trial]:
+    return [draw(seed, offer=offer) for seed in range(count)]
+
+
+@given(seeds, choices, offers)
+def test_what_is_drawn_goes_together_and_is_offered(
+    seed: int, choice: Choice, offer: Offer
+) -> None:
+    trial = draw(seed, choice, offer)
+    machine, workload = trial.machine, trial.workload
+    assert trial.seed == seed
+    assert 1 <= len(trial.shots) <= max(SHOTS)
+    assert machine.ram_kind in offer.ram_kinds
+    assert machine.ram_kind in {*choice.ram_kinds, "memfd"}
+    if machine.thp:
+        assert offer.thp if machine.ram_kind == "anon" else offer.shmem_thp
+    for shot in trial.shots:
+        # Builds a Scenario, which refuses what does not fit.
+        scenario = Scenario(machine=machine, workload=workload, method=shot.method)
+        assert from_json(Scenario, json.loads(json.dumps(to_json(scenario)))) == scenario
+        how = METHODS[shot.method]
+        assert how.runs_on(trial.variant)
+        assert how.name in choice.methods or how.name == "live-mapped"
+        assert offer.direct_io or not how.direct_io
+        assert shot.channels == 1 or "mapped-ram" in how.capabilities
+        assert shot.balloon_mib == 0 or machine.balloon
+        assert shot.balloon_mib + workload.wss_mib + RAM_RESERVE_MIB <= machine.ram_mib
+    assert offer.disk_direct_io or machine.disk_cache == "writeback"
+
+
+@given(seeds, offers)
+def test_the_sizes_drawn_are_sizes_the_engine_takes(seed: int, offer: Offer) -> None:
+    trial = draw(seed, offer=offer)
+    around, chunk = trial.fault_around_pages, trial.chunk_kib << 10
+    assert around & (around - 1) == 0
+    assert chunk & (chunk - 1) == 0
+    assert chunk >= 64 * 4096
+    assert around * 4096 <= chunk
+    huge = 512 if trial.machine.ram_kind == "hugetlb" else 1
+    for shot in trial.shots:
+        needed = max(chunk, huge * 4096) + max(64, around, huge) * 4096
+        assert shot.buffer_mib << 20 >= needed
+        assert shot.buffer_mib >= min(BUFFER_MIB)
+    properties = [arg for arg in trial.machine.extra_args if arg != "-global"]
+    if trial.variant == "patched":
+        assert properties == [
+            f"migration.x-snapshot-fault-around={around}",
+            f"migration.x-snapshot-chunk-size={chunk}",
+        ]
+    else:
+        assert properties == []
+
+
+@given(seeds, choices, offers)
+def test_the_same_seed_gives_the_same_trial(seed: int, choice: Choice, offer: Offer) -> None:
+    assert draw(seed, choice, offer) == draw(seed, choice, offer)
+
+
+def test_seeds_give_the_same_everywhere_and_for_ever() -> None:
+    """What was recorded with a seed has to be what the seed gives later."""
+    trial = draw(1)
+    assert trial.machine.ram_kind == "memfd-private"
+    assert (trial.machine.ram_mib, trial.machine.vcpus) == (256, 1)
+    assert (trial.workload.kind, trial.workload.seed) == ("random", 1501717207)
+
+
+@given(seeds)
+def test_fewer_methods_leave_the_guest_as_it_is(seed: int) -> None:
+    patched = tuple(name for name, how in METHODS.items() if how.binary == "patched")
+    some, one = draw(seed, Choice(methods=patched)), draw(seed, Choice(methods=("live",)))
+    assert (some.machine, some.workload) == (one.machine, one.workload)
+    assert {shot.method for shot in one.shots} == {"live"}
+
+
+def test_everything_that_may_be_drawn_is_drawn() -> None:
+    trials = many()
+    assert {shot.method for trial in trials for shot in trial.shots} == set(METHODS)
+    for name, values in MACHINE.items():
+        assert {getattr(trial.machine, name) for trial in trials} == set(values), name
+    for name, values in WORKLOAD.items():
+        if name != "wss_mib":
+            assert {getattr(trial.workload, name) for trial in trials} == set(values), name
+    assert {trial.fault_around_pages for trial in trials} == set(FAULT_AROUND_PAGES)
+    assert {trial.chunk_kib for trial in trials} == set(CHUNK_KIB)
+    assert {shot.buffer_mib for trial in trials for shot in trial.shots} >= set(BUFFER_MIB)
+
+
+def test_no_parameter_of_a_guest_is_forgotten() -> None:
+    """A new field of `Machine` or `Workload` has to be drawn too: list it in lab/draw.py."""
+    fields = {field.name for field in dataclasses.fields(Machine)}
+    assert set(MACHINE) == fields - NOT_DRAWN
+    assert {*WORKLOAD, "seed"} == {field.name for field in dataclasses.fields(Workload)}
+
+
+def test_what_a_host_lacks_is_replaced_by_what_it_has() -> None:
+    bare = Offer(
+        ram_kinds=frozenset({"anon", "memfd"}), thp=False, shmem_thp=False, direct_io=False
+    )
+    rich, poor = many(), many(offer=bare)
+    assert {trial.machine.ram_kind for trial in poor} == {"anon", "memfd"}
+    assert not any(trial.machine.thp for trial in poor)
+    assert "live-direct" not in {shot.method for trial in poor for shot in trial.shots}
+    # Nothing else changes with the host.
+    assert [t.workload for t in poor] == [t.workload for t in rich]
+    assert [len(t.shots) for t in poor] == [len(t.shots) for t in rich]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"methods": ("magic",)}, {"ram_kinds": ("silk",)}, {"methods": ()}]
+)
+def test_names_that_there_are_not_are_refused(arguments: dict[str, tuple[str, ...]]) -> None:
+    with pytest.raises(UsageError) as caught:
+        Choice(**arguments)
+    assert caught.value.remedy

@@ -1,0 +1,156 @@
+"""What a soak records can be read, added up and done again."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.__main__ import build_parser
+from lab.draw import Choice, Offer, draw
+from lab.errors import RunError
+from lab.scenario import Machine, to_json
+from lab.tally import (
+    Result,
+    df_tally,
+    findings,
+    header_line,
+    read_record,
+    result_line,
+    summarise,
+    summary_line,
+    tally_text,
+)
+
+
+def as_read(machine: Machine) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(json.dumps(to_json(machine)))
+    return read
+
+
+ANON = as_read(Machine())
+HUGE = as_read(Machine(ram_kind="hugetlb", vcpus=4, disk="virtio", disk_iothread=True, net=True))
+
+EQUAL = Result(
+    iteration=1,
+    seed=7,
+    shot=1,
+    method="live",
+    machine=ANON,
+    workload={"kind": "idle"},
+    variant="patched",
+    fault_around_pages=0,
+    chunk_kib=2048,
+    buffer_mib=8,
+    log_faults=True,
+    channels=1,
+    balloon_mib=0,
+    reset=False,
+    outcome="equal",
+    pages_compared=65536,
+    faults=12,
+)
+DIFFERS = dataclasses.replace(
+    EQUAL,
+    iteration=2,
+    seed=9,
+    shot=3,
+    machine=HUGE,
+    outcome="differs",
+    detail="1 of 9 pages differ",
+    pages_differing=1,
+    faults=None,
+)
+FAILED = dataclasses.replace(EQUAL, iteration=3, seed=8, method="live-rfc", outcome="failed")
+ALL = [EQUAL, DIFFERS, FAILED]
+
+
+def write_record(path: Path) -> None:
+    lines = [header_line(7, Choice(), Offer(), {"qemu": {"patched": "10.0.0 (x)"}})]
+    lines += [result_line(result) for result in ALL]
+    path.write_text("\n".join([*lines, summary_line(ALL)]) + "\n")
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_record(path)
+    assert read_record(path) == ALL
+    first, *_, last = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (first["record"], first["seed"], first["qemu"]["patched"]) == ("soak", 7, "10.0.0 (x)")
+    assert last == {"record": "summary", **summarise(ALL)}
+
+
+def test_a_record_of_a_soak_that_was_killed_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_record(path)
+    path.write_text("\n".join(path.read_text().splitlines()[:3]) + "\n")
+    assert read_record(path) == ALL[:2]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("lab.soak/1", "lab.soak/2"),
+        ('"format"', '"shape"'),
+        ('"iteration":2', '"iteration":"two"'),
+        ('"outcome":"differs"', '"outcome":"fine"'),
+        ("{", ""),
+    ],
+)
+def test_what_is_no_record_of_this_version_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    path = tmp_path / "a.jsonl"
+    write_record(path)
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(RunError) as caught:
+        read_record(path)
+    assert caught.value.remedy
+    with pytest.raises(RunError):
+        read_record(tmp_path / "missing")
+
+
+def test_results_add_up() -> None:
+    total = summarise(ALL)
+    assert (total["iterations"], total["trials"], total["seeds"]) == (3, 3, "7-9")
+    assert (total["equal"], total["differs"], total["failed"]) == (1, 1, 1)
+    assert (total["pages_compared"], total["pages_differing"]) == (3 * 65536, 1 * 1)
+    assert total["by_method"] == {"live": 2, "live-rfc": 1}
+    assert total["by_vcpus"] == {"1": 2, "4": 1}
+    assert total["by_disk"] == {"none": 2, "virtio writeback threads iothread": 1}
+    assert total["with"] == {"net": 1, "vnc": 0, "balloon": 0}
+    assert summarise([])["iterations"] == 0
+    assert summarise([EQUAL, DIFFERS])["seeds"] == "7, 9"
+
+
+def test_the_table_counts_by_kind_and_by_vcpus() -> None:
+    table = df_tally(ALL).set_index("method")
+    assert table.loc["live", "hugetlb"] == 1
+    assert table.loc["live", "4 vCPU"] == 1
+    assert table.loc["live-rfc", "anon"] == 1
+    text = tally_text(ALL)
+    assert "3 snapshots of 3 guests, seeds 7-9: 1 equal, 1 differ, 1 failed" in text
+
+
+@pytest.mark.parametrize(
+    "choice", [Choice(), Choice(methods=("live", "live-rfc"), ram_kinds=("hugetlb",))]
+)
+def test_the_command_that_does_it_again_draws_the_same(choice: Choice) -> None:
+    command = shlex.split(DIFFERS.reproduce(choice))
+    assert command[0] == "lab"
+    args = build_parser().parse_args(command[1:])
+    assert (args.seed, args.iterations) == (9, 3)
+    again = Choice(
+        methods=tuple(args.methods or Choice().methods),
+        ram_kinds=tuple(args.ram_kinds or Choice().ram_kinds),
+    )
+    assert draw(args.seed, again) == draw(9, choice)
+
+
+def test_only_what_is_not_equal_is_a_finding() -> None:
+    first, second = findings(ALL, Choice())
+    assert first.splitlines() == [
+        "differs: live, seed 9, snapshot 3: 1 of 9 pages differ",
+        "  again: lab soak --seed 9 --iterations 3",
+    ]
+    assert second.startswith("failed: live-rfc, seed 8")

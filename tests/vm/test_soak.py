@@ -1,0 +1,85 @@
+"""Random snapshots of random guests are equal byte for byte, and it would be noticed if not."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+import lab.__main__ as command_line
+from lab.draw import MAX_RAM_MIB
+from lab.scenario import METHODS
+from lab.tally import read_record
+
+pytestmark = pytest.mark.vm
+
+ITERATIONS = 20
+#: Any would do; of a fixed one everybody sees the same.
+SEED = 20
+
+
+def test_twenty_random_snapshots_are_equal(
+    tmp_path: Path,
+    reserve_huge_pages: Callable[[int], str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Without huge pages the guests that would have them get a memfd.
+    reserve_huge_pages(2 * MAX_RAM_MIB)
+    out = tmp_path / "record.jsonl"
+    status = command_line.main(
+        ["soak", f"--seed={SEED}", f"--iterations={ITERATIONS}", f"--out={out}"]
+    )
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    results = read_record(out)
+    assert [result.iteration for result in results] == list(range(1, ITERATIONS + 1))
+    assert results[0].seed == SEED
+    assert {result.outcome for result in results} == {"equal"}
+    # Engines are mixed in one QEMU, guests are different.
+    assert len({result.method for result in results}) > 4
+    assert len({result.machine["ram_kind"] for result in results}) > 2
+    assert len({result.machine["vcpus"] for result in results}) > 2
+    assert any(result.shot > 2 for result in results)
+    for result in results:
+        assert result.pages_compared >= result.machine["ram_mib"] * 256
+        if METHODS[result.method].engine is not None:
+            assert result.faults, result
+    assert f"{ITERATIONS} snapshots" in said.out
+
+
+@pytest.mark.usefixtures("damage_images")
+def test_one_wrong_byte_fails_the_soak_which_says_how_to_see_it_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "record.jsonl"
+    arguments = ["--seed=2", "--iterations=2", "--method=live", "--ram-kind=anon"]
+    assert command_line.main(["soak", *arguments, f"--out={out}"]) == 1
+    results = read_record(out)
+    assert [(result.outcome, result.pages_differing) for result in results] == [("differs", 1)] * 2
+    # A guest of which an image was wrong is left, so the second is another.
+    assert [(result.seed, result.shot) for result in results] == [(2, 1), (3, 1)]
+    said = capsys.readouterr().err
+    assert "again: lab soak --seed 3 --iterations 1 --method=live --ram-kind=anon" in said
+
+
+def test_stop_ends_a_soak_and_leaves_its_record_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "record.jsonl"
+    command = [sys.executable, "-m", "lab", "soak", "--minutes=60", "--method=live", "--json"]
+    with subprocess.Popen(
+        [*command, "--ram-kind=anon", f"--out={out}"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines = (line for line in process.stdout)
+        assert '"record":"soak"' in next(lines)
+        assert '"outcome":"equal"' in next(lines)
+        guests = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGINT)
+        rest = list(lines)
+        assert process.wait(60) == 130
+    assert '"record":"summary"' in rest[-1]
+    assert not any(guest.is_running() for guest in guests)
+    assert len(read_record(out)) >= 1
