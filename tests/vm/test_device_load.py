@@ -6,7 +6,10 @@ behalf, and a reset.  Every image is judged by equality of every byte, see `lab.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import dataclasses
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +22,11 @@ from lab.oracle import Verification, verify_method
 from lab.qmp import Event
 from lab.rfb import viewing
 from lab.scenario import DiskAio, DiskCache, DiskKind
+from lab.sidecar import read_sidecar
 from lab.vm import VM
 
 pytestmark = pytest.mark.vm
+log = logging.getLogger(__name__)
 
 BOUND_S = 120
 ENGINES = ("live", "live-rfc", "live-inline")
@@ -63,6 +68,20 @@ async def devices_work(vm: VM, more: int = 20) -> None:
 async def verified(vm: VM, method: str, folder: Path) -> Verification:
     found = await verify_method(vm, method, folder)
     assert found.equal, f"{method} of {vm.machine}: {found.detail}"
+    return found
+
+
+async def verified_during(
+    vm: VM, method: str, folder: Path, disturb: Callable[[], Awaitable[None]]
+) -> Verification:
+    """Judge a snapshot during whose sweep something happens, which begins right after the pause."""
+    since = len(vm.qmp.events)
+    judged = asyncio.create_task(verified(vm, method, folder))
+    try:
+        await vm.qmp.wait_event(is_named("RESUME"), since=since, timeout_s=BOUND_S)
+        await disturb()
+    finally:
+        found = await judged
     return found
 
 
@@ -108,11 +127,11 @@ async def watched(vm: VM) -> AsyncIterator[None]:
         pytest.param(machine("virtio", vcpus=3), ("live", "live-inline"), id="virtio"),
         pytest.param(
             machine("virtio", "none", "native", vcpus=4, iothread=True),
-            ("live", "live-rfc", "live"),
+            ("live", "live-rfc"),
             id="virtio-uncached-iothread",
         ),
-        pytest.param(machine(vcpus=2, net=True), ENGINES, id="net"),
-        pytest.param(machine(vnc=True), ENGINES, id="screen"),
+        pytest.param(machine(vcpus=2, net=True), ("live", "live-rfc"), id="net"),
+        pytest.param(machine(vnc=True), ("live", "live-inline"), id="screen"),
     ],
 )
 async def test_memory_is_that_of_the_pause_instant_while_devices_write_to_it(
@@ -143,23 +162,86 @@ async def test_memory_that_goes_into_the_balloon_meanwhile_is_in_the_image(tmp_p
     ram_bytes = 256 << 20
     async with lab.boot(ALL_DEVICES, WORKLOAD) as vm:
 
-        async def inflate_to(size_bytes: int) -> None:
+        async def resize_to(size_bytes: int) -> None:
             await vm.execute("balloon", {"value": size_bytes})
             async with asyncio.timeout(BOUND_S):
                 while (await vm.execute("query-balloon"))["actual"] != size_bytes:
                     await asyncio.sleep(0.01)
 
-        for method in ENGINES:
-            since = len(vm.qmp.events)
-            judged = asyncio.create_task(verified(vm, method, tmp_path))
-            try:
-                await vm.qmp.wait_event(is_named("RESUME"), since=since, timeout_s=BOUND_S)
-                await inflate_to(ram_bytes - (48 << 20))
-            finally:
-                await judged
+        async def inflate() -> None:
+            await resize_to(ram_bytes - (48 << 20))
+
+        for method in ("live", "live-inline"):
+            await verified_during(vm, method, tmp_path, inflate)
             # And what is in the balloon when it is taken is the image's as well.
             await verified(vm, method, tmp_path)
-            await inflate_to(ram_bytes)
+            await resize_to(ram_bytes)
+            await devices_work(vm)
+
+
+async def test_a_reset_during_the_sweep_is_not_in_the_image(tmp_path: Path) -> None:
+    """It writes to RAM and to ROMs; the image shows neither."""
+    async with lab.boot(machine("ide", vnc=True), WORKLOAD) as vm:
+        for method in ENGINES:
+            in_time = False
+            for _ in range(10):
+                since = len(vm.qmp.events)
+                found = await verified_during(vm, method, tmp_path, vm.reset)
+                assert found.replay is not None
+                reset, *_ = (e for e in vm.qmp.events[since:] if e.name == "RESET")
+                end, *_ = (e for e in vm.qmp.events[since:] if e.data.get("status") == "completed")
+                await vm.wait_ready()
+                if in_time := reset.time_us < end.time_us:
+                    break
+            assert in_time, f"{method} was always quicker than the reset"
+        await devices_work(vm)
+
+
+async def test_a_guest_is_taken_at_any_moment_of_its_boot_and_boots_on(tmp_path: Path) -> None:
+    image = tmp_path / "a.snap"
+    rng = random.Random(1)
+    async with lab.boot(ALL_DEVICES, WORKLOAD) as vm:
+        for method in ("live", "live-rfc", "live"):
+            await vm.reset()
+            # Whatever moment it is: each is as good as any other.
+            await asyncio.sleep(rng.uniform(0, 1.5))
+            found = await verified(vm, method, tmp_path)
+            assert found.replay is None
+        await vm.reset()
+        await vm.snapshot(image, progress=False)
+        assert read_sidecar(image).ready is None
+        await vm.wait_ready()
+        await devices_work(vm)
+        first = vm.ready.nonce
+    async with lab.restore(image) as again:
+        assert not again.is_ready
+        with pytest.raises(GuestError, match="not ready yet"):
+            await again.progress_page()
+        await again.wait_ready()
+        assert again.ready.nonce != first
+        await devices_work(again)
+
+
+async def test_a_guest_that_restarts_by_itself_still_ends_qemu_after_a_reset() -> None:
+    """A machine starts over when that is asked for; then QEMU is as it was before."""
+    async with lab.boot(machine(), WORKLOAD) as vm:
+        nonce = vm.ready.nonce
+        await vm.reset()
+        await vm.wait_ready()
+        assert vm.ready.nonce != nonce
+        await vm.execute("system_reset")
+        assert await vm.process.wait(BOUND_S)
+
+
+async def test_a_disk_with_a_thread_of_its_own_works_on_however_often_the_guest_is_stopped() -> (
+    None
+):
+    """A completion of which nobody tells the guest would leave it waiting for ever."""
+    load = machine("virtio", "none", "native", vcpus=2, iothread=True)
+    async with lab.boot(load, lab.Workload("idle", wss_mib=16)) as vm:
+        for _ in range(150):
+            await vm.stop()
+            await vm.cont()
             await devices_work(vm)
 
 
@@ -182,3 +264,64 @@ async def test_memory_is_that_of_the_pause_instant_under_kvm(tmp_path: Path) -> 
         for method in ENGINES:
             await verified(vm, method, tmp_path)
             await devices_work(vm)
+
+
+# Minutes of everything at once
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(4))
+async def test_random_machines_are_judged_equal_while_anything_happens(
+    seed: int, tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    for _ in range(4):
+        iothread = rng.random() < 0.5
+        load = dataclasses.replace(
+            rng.choice(
+                [
+                    machine("ide", "writeback", "threads"),
+                    machine("ide", "none", "native"),
+                    machine("virtio", "writeback", "threads", iothread=iothread),
+                    machine("virtio", "none", "threads", iothread=iothread),
+                    machine("virtio", "none", "native", iothread=iothread),
+                ]
+            ),
+            ram_mib=rng.choice([256, 512]),
+            vcpus=rng.randint(1, 4),
+            thp=rng.choice([None, False]),
+            net=rng.random() < 0.7,
+            vnc=rng.random() < 0.7,
+            balloon=True,
+        )
+        workload = lab.Workload(
+            rng.choice(["random", "sequential", "idle"]), wss_mib=48, threads=load.vcpus,
+            seed=rng.randrange(1 << 30),
+        )  # fmt: skip
+        async with lab.boot(load, workload) as vm, watched(vm):
+            await devices_work(vm)
+            for _ in range(6):
+                method = rng.choice([*ENGINES, "live-mapped", "live", "live"])
+                disturb = rng.choice(["nothing", "nothing", "reset", "balloon"])
+                log.info("seed %d: %s, %s, %s, %s", seed, method, disturb, load, workload)
+                await _judge_once(vm, method, disturb, rng, tmp_path)
+
+
+async def _judge_once(vm: VM, method: str, disturb: str, rng: random.Random, folder: Path) -> None:
+    size_bytes = (vm.machine.ram_mib << 20) - rng.randrange(16, 64) * (1 << 20)
+
+    async def resize_balloon() -> None:
+        await vm.execute("balloon", {"value": size_bytes})
+
+    if disturb == "reset":
+        await verified_during(vm, method, folder, vm.reset)
+        if rng.random() < 0.5:
+            await asyncio.sleep(rng.uniform(0, 2))
+            await verified(vm, method, folder)
+    elif disturb == "balloon":
+        await verified_during(vm, method, folder, resize_balloon)
+    else:
+        await verified(vm, method, folder)
+    await vm.wait_ready()
+    await devices_work(vm)
