@@ -3,9 +3,10 @@
 PROFILE ?= quick
 PYTHON := .venv/bin/python
 PYTEST_ARGS ?=
+QTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build reproduce test unit lint slow lab notebooks doctor clean
+.PHONY: help setup build reproduce test unit lint slow qtest lab notebooks doctor clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,6 +33,9 @@ lint: setup ## ruff and mypy
 
 slow: build ## the tests that take minutes, among them a build after every patch
 	@$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+
+qtest: build ## QEMU's own migration tests, with and without the patches (hours; QTEST_ARGS)
+	@$(PYTHON) -m lab qtest $(QTEST_ARGS)
 
 lab: ## JupyterLab on notebooks/; shows recorded data without QEMU
 	@sh lab/bootstrap.sh --packages-optional

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 COMMANDS = (
     "build",
+    "qtest",
     "doctor",
     "boot",
     "snapshot",

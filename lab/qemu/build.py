@@ -9,6 +9,7 @@ Layout below the cache directory::
     qemu/sources/<identity>/          what was downloaded
     qemu/source.json                  which of them is current
     qemu/builds/<build id>/           qemu-system-x86_64, qemu-img, build-id.json
+    qemu/tests/<build id>/            QEMU's own test programs, where somebody has asked for them
     qemu/logs/                        one log a build
     qemu/python-<key>/                meson for QEMU's configure
     qemu/work-*/                      a build that is going on
@@ -29,7 +30,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -152,6 +153,9 @@ class _Plan:
     @property
     def folder(self) -> Path:
         return qemu_cache() / "builds" / self.build_id
+
+    def test_program(self, target: str) -> Path:
+        return qemu_cache() / "tests" / self.build_id / Path(target).name
 
 
 def _devices_sha256() -> str:
@@ -366,9 +370,9 @@ class _Workshop:
     compiler: str
     report: Progress
 
-    async def ninja(self, label: str) -> None:
+    async def ninja(self, label: str, targets: Sequence[str] = TARGETS) -> None:
         await run_tool(
-            ["ninja", *TARGETS],
+            ["ninja", *targets],
             log=self.log,
             cwd=self.build,
             env=self.environment,
@@ -491,6 +495,41 @@ async def _build(
             await apply_series(shop.tree, patches, log)
             await shop.ninja("patched")
             await _install(shop, patched)
+
+
+async def ensure_test_program(
+    target: str, progress: Progress | None = None, *, edit: Callable[[Path], None]
+) -> dict[Variant, Path]:
+    """Return one of QEMU's own test programs, from the tree of each variant; built when missing.
+
+    :param target: what ninja calls it, such as ``tests/qtest/migration-test``.
+    :param edit: called with the tree before anything of it is compiled.
+    :raise LabError: as `ensure_qemu`.
+    """
+    report = progress or (lambda message: None)
+    log = _new_log("test-program")
+    async with _building_alone(report):
+        source = await obtain_source(log, report)
+        plans = [_plan(variant, source) for variant in ("unpatched", "patched")]
+        programs = {plan.variant: plan.test_program(target) for plan in plans}
+        missing = [plan for plan in plans if not os.access(programs[plan.variant], os.X_OK)]
+        if not missing:
+            return programs
+        _require_host()
+        async with _work_folder() as folder:
+            shop = await _set_up(folder, source, log, report)
+            edit(shop.tree)
+            for plan in missing:
+                if plan.patches:
+                    copies = _copy_patches(plan, folder / "patches")
+                    await apply_series(shop.tree, copies, log)
+                await shop.ninja(f"{target}, {plan.variant}", [target])
+                kept = programs[plan.variant]
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                staging = kept.with_name(f".{kept.name}.partial")
+                shutil.copy2(shop.build / target, staging)
+                staging.rename(kept)
+    return programs
 
 
 async def check_each_step(progress: Progress | None = None) -> list[str]:

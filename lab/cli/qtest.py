@@ -1,0 +1,52 @@
+"""``lab qtest``: QEMU's own migration tests, on the unpatched QEMU and on the patched one."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lab.progress import ProgressLine
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "qtest",
+        help="run QEMU's own migration tests on both builds",
+        description="Run QEMU's own migration tests, one by one, on the unpatched build and on "
+        "the patched one, and print both lists side by side. Exit status 1 when the patched one "
+        "fails a test that the unpatched one passes. A test takes up to a minute on two CPUs, "
+        "and all of them hours: --record keeps what is known, and the same command goes on.",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="run the tests whose name has this regular expression; repeatable",
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="begin no test after so many minutes"
+    )
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="go on from this file, and write it"
+    )
+    parser.add_argument("--json", action="store_true", help="print the record")
+    parser.set_defaults(handler=_qtest)
+
+
+async def _qtest(args: argparse.Namespace) -> int:
+    import msgspec
+
+    from lab.qemu.qtest import run_migration_tests, side_by_side
+
+    with ProgressLine() as progress:
+        record = await run_migration_tests(
+            progress,
+            only=args.only,
+            budget_s=None if args.minutes is None else args.minutes * 60,
+            record_path=args.record,
+        )
+    print(msgspec.json.encode(record).decode() if args.json else side_by_side(record))
+    for result in record.regressions:
+        print(f"broken: {result.name}", file=sys.stderr)
+    return 1 if record.regressions else 0
