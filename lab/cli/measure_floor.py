@@ -39,7 +39,7 @@ def register(parent: argparse.ArgumentParser) -> None:
     def add(flag: str, **settings: object) -> None:
         # Names of their own, or the defaults here would hide what is given before `floor`.
         name = _PREFIX + flag.removeprefix("--").replace("-", "_")
-        parser.add_argument(flag, dest=name, **settings)  # type: ignore[arg-type]
+        parser.add_argument(flag, dest=name, **settings)  # type: ignore[arg-type]  # argparse's own
 
     def add_number(flag: str, meaning: str, default: int) -> None:
         text = f"{meaning} (default {default})"

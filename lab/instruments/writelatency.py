@@ -10,8 +10,9 @@ writer's own tables, of which any may wait for a protected page; and also what h
 with snapshots, such as the host running something else on the vCPU's CPU.  What is not: the pause,
 because the guest's clock stops with the VM.  Resolution: 1/64 of the duration.
 
-What it costs: some tenths of a microsecond an operation, so that the guest's baseline is another
-than without it, and five pages a writer that are written all the time.
+What it costs: on the development machine under TCG some 60 ns an operation (266 ns without it, 323
+with it; medians of 5 interleaved boots each), so that the guest's baseline is another than without
+it, and five pages a writer that are written all the time.
 """
 
 import time
@@ -29,7 +30,7 @@ from lab.hostmem import RemoteWindow
 COLUMNS = ("window", "low_ns", "high_ns", "ops")
 
 STALL_NS = 4_000
-"""An operation that took longer was held up: undisturbed ones take some tenths of a microsecond."""
+"""An operation that took longer was held up: undisturbed ones take less than a tenth of that."""
 
 
 @dataclass(frozen=True)
