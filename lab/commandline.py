@@ -56,10 +56,21 @@ def qemu_command(
     command += ["-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)]
     command += ["-append", _append(machine, workload)]
     command += device_arguments(machine, files)
+    command += _engine_sizes(machine)
     # `defer`: the stream is named over QMP, so that its errors come back as QMP errors.
     command += ["-incoming", "defer"] if incoming else []
     command += ["-S"] if paused else []
     return command + list(machine.extra_args)
+
+
+def _engine_sizes(machine: Machine) -> list[str]:
+    # Experimental, and so properties of the migration and not parameters: they are set at start.
+    if not machine.sets_sizes:
+        return []
+    return [
+        *("-global", f"migration.x-snapshot-fault-around={machine.fault_around_pages}"),
+        *("-global", f"migration.x-snapshot-chunk-size={machine.chunk_kib << 10}"),
+    ]
 
 
 def _append(machine: Machine, workload: Workload) -> str:

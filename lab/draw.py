@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from lab.errors import UsageError
 from lab.scenario import (
+    DEFAULT_CHUNK_KIB,
     MAPPED_RAM,
     METHODS,
     RAM_RESERVE_MIB,
@@ -148,8 +149,6 @@ class Trial:
     machine: Machine
     workload: Workload
     variant: Variant
-    fault_around_pages: int
-    chunk_kib: int
     shots: tuple[Shot, ...]
 
 
@@ -208,7 +207,6 @@ def draw(seed: int, choice: Choice | None = None, offer: Offer | None = None) ->
         workload=Workload(**workload),
         variant=variant,
         shots=tuple(Shot(**shot) for shot in shots),
-        **sizes,
     )
 
 
@@ -239,14 +237,11 @@ def _reconcile(
         machine["disk_iothread"] = False
         for shot in shots:
             shot["reset"] = False
-        sizes |= {"fault_around_pages": 0, "chunk_kib": CHUNK_KIB[1]}
+        sizes = {"fault_around_pages": 0, "chunk_kib": DEFAULT_CHUNK_KIB}
     else:
         most = sizes["chunk_kib"] // _PAGE_KIB
         sizes["fault_around_pages"] = min(sizes["fault_around_pages"], most)
-        machine["extra_args"] = (
-            *("-global", f"migration.x-snapshot-fault-around={sizes['fault_around_pages']}"),
-            *("-global", f"migration.x-snapshot-chunk-size={sizes['chunk_kib'] << 10}"),
-        )
+    machine |= sizes
     needed_mib = _buffer_needed_mib(huge=huge, **sizes)
     spare_mib = room_mib - workload["wss_mib"] if machine["balloon"] else 0
     for shot in shots:

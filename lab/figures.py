@@ -14,17 +14,15 @@ from lab.floor.summary import df_floor_medians
 from lab.run import Run, RunSet
 
 
-def typical_run(run_set: RunSet, method: str) -> Run:
-    """The run of a method whose duration is the (lower) median: the one to show when only one can
-    be shown.
+def typical_run(run_set: RunSet, case: str) -> Run:
+    """The run of a method (or case) whose duration is the (lower) median: the one to show when only
+    one can be shown.
 
-    :raise RunError: when no run of the method counts.
+    :raise RunError: when no run of it counts.
     """
-    runs = run_set.measured(method)
+    runs = run_set.measured(case)
     if not runs:
-        raise RunError(
-            f"{run_set.name} has no run of {method} that counts", "choose another method"
-        )
+        raise RunError(f"{run_set.name} has no run of {case} that counts", "choose another")
     ordered = sorted(runs, key=lambda run: float(run.summary.get("duration_ms") or 0))
     return ordered[(len(ordered) - 1) // 2]
 
@@ -79,12 +77,12 @@ def slowdown_figure(
     ax: Axes | None = None,
 ) -> Axes:
     """Guest speed around the snapshot, the typical run of each method."""
-    runs = [typical_run(run_set, method) for method in methods or run_set.methods]
+    runs = [typical_run(run_set, case) for case in methods or run_set.cases]
     runs = [run for run in runs if _has_rate(run)]
     ax = plot_slowdown(*(run.df_progress() for run in runs), bin_ms=bin_ms, ax=ax)
     longest = max((float(run.summary.get("duration_ms") or 0) for run in runs), default=0.0)
     ax.set_xlim(-0.1 * longest - 20, 1.25 * longest + 100)
-    return plots.stamp(ax, plots.stamp_text(run_set, [run.record.method for run in runs]))
+    return plots.stamp(ax, plots.stamp_text(run_set, [run.case for run in runs]))
 
 
 def cost_figure(run_set: RunSet) -> list[Axes]:
@@ -98,7 +96,7 @@ def faults_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
     """Distribution of fault latency, a line a boot, for the methods that log faults."""
     runs = [run for run in run_set.measured() if run.has("faults")]
     ax = plots.plot_fault_latency(tables.df_faults_by_method(runs), ax=ax)
-    methods = list(dict.fromkeys(run.record.method for run in runs))
+    methods = list(dict.fromkeys(run.case for run in runs))
     return plots.stamp(ax, plots.stamp_text(run_set, methods))
 
 
@@ -106,7 +104,7 @@ def phases_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
     """What the pause consists of, a bar a boot, for the methods whose engine says."""
     runs = [run for run in run_set.measured() if run.has("phases")]
     ax = plots.plot_phases(tables.df_phases_by_method(runs), ax=ax)
-    methods = list(dict.fromkeys(run.record.method for run in runs))
+    methods = list(dict.fromkeys(run.case for run in runs))
     return plots.stamp(ax, plots.stamp_text(run_set, methods))
 
 
@@ -144,7 +142,7 @@ def available(run_set: RunSet) -> Mapping[str, bool]:
     runs = run_set.measured()
     return {
         "cost": bool(runs),
-        "slowdown": any(_has_rate(typical_run(run_set, m)) for m in run_set.methods),
+        "slowdown": any(_has_rate(typical_run(run_set, case)) for case in run_set.cases),
         "faults": any(run.has("faults") for run in runs),
         "phases": any(run.has("phases") for run in runs),
     }

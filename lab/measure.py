@@ -1,14 +1,16 @@
-"""Campaigns: methods times repeats, interleaved, into a run set that can be resumed.
+"""Campaigns: cases times repeats, interleaved, into a run set that can be resumed.
 
-Every run is a fresh boot (`lab.sample`).  A *round* holds each method once, in an order drawn
-anew from the plan's seed, so that drift of the host (caches, memory, clock speed, neighbours)
-reaches all methods alike and no method always comes first.  A run that fails is recorded as
-failed, with its reason and without figures, and the campaign goes on; only what will fail again
+A *case* is a method with one value of each parameter that is varied; mostly none is, and cases are
+methods.  Every run is a fresh boot (`lab.sample`).  A *round* holds each case once, in an order
+drawn anew from the plan's seed, so that drift of the host (caches, memory, clock speed, neighbours)
+reaches all cases alike and no case always comes first.  A run that fails is recorded as failed,
+with its reason and without figures, and the campaign goes on; only what will fail again
 (`HostError`, `UsageError`) ends it.  Interrupted, it leaves a set that the same plan continues.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import time
@@ -24,7 +26,17 @@ import lab
 from lab import run
 from lab.errors import HostError, LabError, RunError, UsageError
 from lab.sample import Sample, take_sample
-from lab.scenario import Machine, Scenario, Variant, Workload, from_json, method, to_json
+from lab.scenario import (
+    Machine,
+    Scenario,
+    Variant,
+    Workload,
+    case_name,
+    from_json,
+    method,
+    replace_dimensions,
+    to_json,
+)
 from lab.tables import DEVICES, METRICS, SUMMARY_FIELDS
 
 log = logging.getLogger(__name__)
@@ -34,12 +46,21 @@ TYPICAL_RUN_S = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What to measure.
+class Case:
+    """What samples are taken of, and what it is called."""
 
-    `seed` fixes the order of methods inside the rounds.  `warmups` rounds come first and are
-    marked: they are recorded but never counted.  `verify` adds an untimed snapshot to every boot,
-    restores it and compares every byte of RAM.
+    name: str
+    scenario: Scenario
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to measure: every method with every combination of the values in `vary`.
+
+    `vary` names parameters of `Machine` and `Workload` as tables do, with the values to measure
+    instead of the one in `machine` or `workload`.  `seed` fixes the order of cases inside the
+    rounds.  `warmups` rounds come first and are marked: they are recorded but never counted.
+    `verify` adds an untimed snapshot to every boot, restores it and compares every byte of RAM.
     """
 
     methods: tuple[str, ...]
@@ -49,6 +70,7 @@ class Plan:
     warmups: int = 0
     seed: int = 1
     verify: bool = False
+    vary: dict[str, tuple[int | str | bool | None, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -60,26 +82,42 @@ class Plan:
                 "fewer than one repeat, or a negative number of warm-ups",
                 "give --repeats 1 or more",
             )
-        for name in self.methods:
-            self.scenario(name)
+        for name, values in self.vary.items():
+            if not values or len(set(values)) != len(values):
+                raise UsageError(
+                    f"{name} is varied over {len(values)} values, some of them twice"
+                    if values
+                    else f"{name} is varied over no value",
+                    "name each value once",
+                )
+        self.cases()
 
-    def scenario(self, name: str) -> Scenario:
-        """What one run of method `name` measures."""
-        return Scenario(machine=self.machine, workload=self.workload, method=name)
+    def cases(self) -> list[Case]:
+        """Every case, methods outermost.  Raises UsageError when one can not be measured."""
+        found = []
+        for name in self.methods:
+            # Sorted, because JSON does not keep an order of keys.
+            names = sorted(self.vary)
+            for combination in itertools.product(*(self.vary[key] for key in names)):
+                values = dict(zip(names, combination, strict=True))
+                machine, workload = replace_dimensions(self.machine, self.workload, values)
+                scenario = Scenario(machine=machine, workload=workload, method=name)
+                found.append(Case(name=case_name(name, values), scenario=scenario))
+        return found
 
     @property
     def variants(self) -> list[Variant]:
         """QEMU binaries that the plan needs."""
-        return sorted({self.scenario(name).variant for name in self.methods})
+        return sorted({case.scenario.variant for case in self.cases()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """One run to come: its place in the campaign, its round and its method."""
+    """One run to come: its place in the campaign, its round and its case."""
 
     order: int
     round: int
-    method: str
+    case: Case
     warmup: bool
 
 
@@ -91,10 +129,10 @@ def slots(plan: Plan) -> list[Slot]:
     rng = random.Random(plan.seed)
     planned: list[Slot] = []
     for round_ in range(-plan.warmups, plan.repeats):
-        names = list(plan.methods)
-        rng.shuffle(names)
-        for name in names:
-            planned.append(Slot(order=len(planned), round=round_, method=name, warmup=round_ < 0))
+        cases = plan.cases()
+        rng.shuffle(cases)
+        for case in cases:
+            planned.append(Slot(order=len(planned), round=round_, case=case, warmup=round_ < 0))
     return planned
 
 
@@ -145,7 +183,11 @@ def open_set(path: Path, plan: Plan, ground: Ground, note: str = "") -> run.RunS
 
     Raises RunError when it is complete, was recorded with another plan, or with other builds.
     """
-    document = run.jsonable(to_json(plan)) | {"order": [slot.method for slot in slots(plan)]}
+    document = run.jsonable(to_json(plan))
+    if not plan.vary:
+        # As it was recorded before there was anything to vary.
+        del document["vary"]
+    document |= {"order": [slot.case.name for slot in slots(plan)]}
     return open_recording(path, document, ground, note)
 
 
@@ -252,16 +294,16 @@ async def _one(
     keep_images: bool,
     sampler: Sampler,
 ) -> run.Run:
-    scenario = plan.scenario(slot.method)
+    scenario = slot.case.scenario
     created = run.utc_now()
-    image = image_dir / f"{run_set.name}-{slot.order:03d}-{slot.method}.snap"
+    image = image_dir / f"{run_set.name}-{slot.order:03d}-{scenario.method}.snap"
     try:
         sample = await sampler(scenario, image, verify=plan.verify, keep_image=keep_images)
     except (HostError, UsageError):
         # The next run would fail in the same way.
         raise
     except LabError as error:
-        log.info("run %d (%s) failed: %s", slot.order, slot.method, error)
+        log.info("run %d (%s) failed: %s", slot.order, slot.case.name, error)
         sample = Sample(outcome="failed", reason=str(error), logs=_logs_of(error))
     variant = str(scenario.variant)
     binaries = {
@@ -275,7 +317,7 @@ async def _one(
         created_utc=created,
         outcome=sample.outcome,
         reason=_scrub(sample.reason, image_dir),
-        method=slot.method,
+        method=scenario.method,
         order=slot.order,
         round=slot.round,
         warmup=slot.warmup,
@@ -349,17 +391,19 @@ def describe(plan: Plan) -> Sequence[str]:
     planned = slots(plan)
     head = "; ".join(
         [
-            f"{len(planned)} runs: {plan.repeats} x {len(plan.methods)} methods"
+            f"{len(planned)} runs: {plan.repeats} x {len(plan.cases())} "
+            + ("cases" if plan.vary else "methods")
             + (f" after {plan.warmups} warm-up rounds" if plan.warmups else ""),
             f"{machine.ram_mib} MiB RAM, {machine.vcpus} vCPU, {machine.accel}",
             f"{workload.kind} {workload.wss_mib} MiB",
+            *(f"{key} varied" for key in sorted(plan.vary)),
             f"about {estimate_text(TYPICAL_RUN_S * len(planned))}",
         ]
     )
     return [
         head,
         *(
-            f"{s.order:03d}  round {s.round}  {s.method}{'  (warm-up)' if s.warmup else ''}"
+            f"{s.order:03d}  round {s.round}  {s.case.name}{'  (warm-up)' if s.warmup else ''}"
             for s in planned
         ),
     ]

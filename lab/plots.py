@@ -86,12 +86,14 @@ def _in_order(methods: Iterable[str]) -> list[str]:
     return sorted(set(methods), key=lambda m: (_slot(m), m))
 
 
-def stamp_text(run_set: RunSet, methods: Sequence[str] | None = None) -> str:
-    """What a reader must know: boots, accelerator, machine, host, builds, date."""
-    runs = [r for r in run_set.measured() if methods is None or r.record.method in methods]
+def stamp_text(run_set: RunSet, cases: Sequence[str] | None = None) -> str:
+    """What a reader must know: boots, accelerator, machine, host, builds, date; of these cases
+    only, where they are named.
+    """
+    runs = [r for r in run_set.measured() if cases is None or r.case in cases]
     if not runs:
         return f"{run_set.name}: no run that counts"
-    counts = sorted(set(Counter(r.record.method for r in runs).values()))
+    counts = sorted(set(Counter(r.case for r in runs).values()))
     boots = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
     def all_of(field: str) -> str:
@@ -100,7 +102,7 @@ def stamp_text(run_set: RunSet, methods: Sequence[str] | None = None) -> str:
     builds = sorted({r.build for r in runs})
     host = run_set.record.host
     parts = [
-        f"n={boots} boots a method",
+        f"n={boots} boots a {'case' if run_set.varied else 'method'}",
         f"{all_of('accel')}, {all_of('vcpus')} vCPU, {all_of('ram_mib')} MiB RAM",
         f"{all_of('workload')} {all_of('wss_mib')} MiB",
         str(host.get("cpu_model") or host.get("cpu") or "unknown CPU"),
@@ -270,8 +272,8 @@ def plot_phases(phases: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_cost(runs: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> list[Axes]:
-    """Pause, duration, lost work and image size by method: one point a boot, a bar at the median,
-    log scale.
+    """Pause, duration, lost work and image size by method (or case): one point a boot, a bar at the
+    median, log scale.
 
     :param runs: `lab.tables.df_runs`; warm-ups and runs that are not ok are left out.  Lost work of
         zero or less (the guest ran faster than before) has no place on a log scale: it is drawn
@@ -281,12 +283,16 @@ def plot_cost(runs: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> list
     data["image_mib"] = data["image_bytes"] / 2**20
     if axes is None:
         with styled():
-            axes = plt.subplots(1, len(COST_COLUMNS), figsize=(9, 3.2), sharey=True)[1]
+            rows = max(3.2, 1 + 0.32 * data["case"].nunique())
+            axes = plt.subplots(1, len(COST_COLUMNS), figsize=(9, rows), sharey=True)[1]
     drawn = list(axes)
-    methods = _in_order(data["method"])
+    # The method gives colour and marker, the case a row.
+    method_of = dict(zip(data["case"], data["method"], strict=True))
+    cases = sorted(method_of, key=lambda case: (_slot(method_of[case]), case))
     for ax, (column, title) in zip(drawn, COST_COLUMNS.items(), strict=True):
-        for row, method in enumerate(methods):
-            values = data.loc[data["method"] == method, column].dropna().to_numpy(dtype=np.float64)
+        for row, case in enumerate(cases):
+            method = method_of[case]
+            values = data.loc[data["case"] == case, column].dropna().to_numpy(dtype=np.float64)
             positive = values[values > 0]
             # Points of one method are spread so that equal values do not hide each other.
             offset = (
@@ -311,10 +317,10 @@ def plot_cost(runs: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> list
                 )
         _log_x(ax, data[column])
         ax.set_title(title)
-        ax.set_yticks(range(len(methods)), methods)
+        ax.set_yticks(range(len(cases)), cases)
         ax.grid(visible=False, axis="y")
-    if methods:
-        drawn[0].set_ylim(len(methods) - 0.5, -0.5)
+    if cases:
+        drawn[0].set_ylim(len(cases) - 0.5, -0.5)
     return drawn
 
 

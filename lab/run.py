@@ -31,6 +31,7 @@ What each column means is in `lab.tables.COLUMNS` and, for people, in data/READM
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import re
@@ -50,6 +51,7 @@ import pyarrow.parquet as pq
 from lab.display import html_row
 from lab.errors import RunError
 from lab.files import sha256_of, write_atomically
+from lab.scenario import case_name, recorded_dimension
 from lab.tables import COLUMNS, with_marks
 
 RUN_SCHEMA = "lab.run/1"
@@ -255,6 +257,18 @@ class Run:
 
     path: Path
     record: RunRecord
+    varied: tuple[str, ...] = ()
+    """Parameters of which its run set measured several values."""
+
+    @property
+    def dimensions(self) -> dict[str, Any]:
+        """Its values of the parameters that its run set varied."""
+        return {name: recorded_dimension(self.record.scenario, name) for name in self.varied}
+
+    @property
+    def case(self) -> str:
+        """What it is a sample of: its method, and its values of what the run set varied."""
+        return case_name(self.record.method, self.dimensions)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -427,12 +441,12 @@ class RunSet:
         table: str = readable.to_html(index=False, border=0, na_rep="-")
         return table
 
-    def measured(self, method: str | None = None) -> list[Run]:
-        """Runs that count: outcome ok, not a warm-up, optionally of one method."""
+    def measured(self, case: str | None = None) -> list[Run]:
+        """Runs that count: outcome ok, not a warm-up, optionally of one case (`cases`)."""
         return [
             run
             for run in self.runs
-            if run.ok and not run.record.warmup and (method is None or run.record.method == method)
+            if run.ok and not run.record.warmup and (case is None or run.case == case)
         ]
 
     @property
@@ -441,6 +455,29 @@ class RunSet:
         found = {run.record.method for run in self.measured()}
         planned = [str(m) for m in self.record.plan.get("methods", [])]
         return [m for m in planned if m in found] + sorted(found - set(planned))
+
+    @property
+    def varied(self) -> tuple[str, ...]:
+        """Parameters of which several values were measured, besides methods."""
+        return tuple(sorted(self.record.plan.get("vary", {})))
+
+    @property
+    def cases(self) -> list[str]:
+        """What samples were taken of, as far as there are runs that count, in the order of the
+        plan: the methods, each with every combination of what was varied.
+        """
+        runs = self.measured()
+        values = self.record.plan.get("vary", {})
+        methods = self.methods
+
+        def place(run: Run) -> tuple[int, ...]:
+            of = run.dimensions
+            return (
+                methods.index(run.record.method),
+                *(values[name].index(of[name]) for name in self.varied),
+            )
+
+        return list(dict.fromkeys(run.case for run in sorted(runs, key=place)))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -499,7 +536,7 @@ class RunSet:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        run = load_run(final)
+        run = dataclasses.replace(load_run(final), varied=self.varied)
         self.runs.append(run)
         self.runs.sort(key=lambda r: r.record.order)
         return run
@@ -553,4 +590,6 @@ def load_set(path: Path | str, *, verify: bool = True) -> RunSet:
     folders = sorted(p.parent for p in path.glob("[0-9]*-*/run.json"))
     runs = [load_run(folder, verify=verify) for folder in folders]
     runs.sort(key=lambda run: run.record.order)
-    return RunSet(path, record, runs)
+    made = RunSet(path, record, [])
+    made.runs += [dataclasses.replace(run, varied=made.varied) for run in runs]
+    return made

@@ -47,6 +47,9 @@ RAM_RESERVE_MIB = 96
 HUGE_PAGE_MIB = 2
 """What guest RAM of the kind `hugetlb` consists of."""
 
+DEFAULT_CHUNK_KIB = 2048
+"""What the engine `copy` releases at a time by default."""
+
 MAX_VCPUS = 255
 """The limit of QEMU's `pc` machine type."""
 
@@ -89,6 +92,10 @@ class Machine:
     screen that `vnc` shows; a balloon is moved from outside.  `lab.devices` builds them.  The disk
     is a scratch disk: empty at every boot, and at every restore, because an image is of memory.
 
+    `fault_around_pages` and `chunk_kib` are sizes of the engine `copy`, which only the patched QEMU
+    has: how many pages a fault takes along (0: the engine chooses by how densely the guest writes),
+    and how much memory the sweep releases at a time.  Both are powers of two.
+
     `extra_args` go to the end of QEMU's command line, for what has no parameter here.
 
     Raises `UsageError` for values that can not work.
@@ -114,6 +121,13 @@ class Machine:
         default=False, metadata={"help": "a screen that the guest draws on, served by VNC"}
     )
     balloon: bool = field(default=False, metadata={"help": "a virtio balloon"})
+    fault_around_pages: int = field(
+        default=0, metadata={"help": "pages that a fault takes along, engine copy; 0: it chooses"}
+    )
+    chunk_kib: int = field(
+        default=DEFAULT_CHUNK_KIB,
+        metadata={"help": "memory that the sweep releases at a time, engine copy"},
+    )
     extra_args: tuple[str, ...] = field(
         default=(), metadata={"help": "one more QEMU argument; repeatable", "flag": "extra-arg"}
     )
@@ -137,7 +151,25 @@ class Machine:
         for name in ("disk_iothread", "net", "vnc", "balloon"):
             _require_bool(name, getattr(self, name))
         self._check_disk()
+        self._check_sizes()
         _require_strings("extra_args", self.extra_args)
+
+    @property
+    def sets_sizes(self) -> bool:
+        """Whether sizes of the engine `copy` are asked for that are not the engine's own."""
+        return (self.fault_around_pages, self.chunk_kib) != (0, DEFAULT_CHUNK_KIB)
+
+    def _check_sizes(self) -> None:
+        _require_int("fault_around_pages", self.fault_around_pages, 0, 1 << 20)
+        _require_int("chunk_kib", self.chunk_kib, 64 * 4, 1 << 20)
+        for name in ("fault_around_pages", "chunk_kib"):
+            value = getattr(self, name)
+            _require(value & (value - 1) == 0, f"{name} is {value}", "give a power of two")
+        _require(
+            self.fault_around_pages * 4 <= self.chunk_kib,
+            f"{self.fault_around_pages} pages are more than a chunk of {self.chunk_kib} KiB",
+            "use fewer fault_around_pages, or a larger chunk_kib",
+        )
 
     def _check_disk(self) -> None:
         _require_choice("disk", self.disk, DiskKind)
@@ -339,11 +371,16 @@ class Scenario:
     def __post_init__(self) -> None:
         method(self.method)
         check_fit(self.machine, self.workload)
+        _require(
+            not self.machine.sets_sizes or method(self.method).runs_on("patched"),
+            f"{self.method} is of the unpatched QEMU, which has no engine copy to give sizes to",
+            "leave fault_around_pages and chunk_kib unset, or choose another method",
+        )
 
     @property
     def variant(self) -> Variant:
         """The QEMU binary that this scenario is measured with."""
-        return method(self.method).preferred_variant
+        return "patched" if self.machine.sets_sizes else method(self.method).preferred_variant
 
 
 def check_fit(machine: Machine, workload: Workload) -> None:
@@ -420,6 +457,77 @@ def dimensions(value: "DataclassInstance") -> dict[str, Any]:
     if isinstance(value, Scenario):
         flat |= {"engine": method(value.method).engine, "variant": value.variant}
     return flat
+
+
+def parse_dimension(name: str, text: str) -> Any:
+    """Return the value that `text` means for the parameter of a machine or a workload called
+    `name`, with dashes or underscores, as a flag of the command line would have it.
+
+    :raise UsageError: there is no such parameter, or `text` is no value of its type.
+    """
+    cls, f = _parameter(name)
+    hint = typing.get_type_hints(cls)[f.name]
+    if typing.get_origin(hint) is Literal:
+        _require_choice(_destination(f), text, hint)
+        return text
+    if hint in (bool, bool | None):
+        names = {"yes": True, "no": False} | ({} if hint is bool else {"default": None})
+        _require(text in names, f"{name} is {text!r}", f"choose from: {', '.join(names)}")
+        return names[text]
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{name} is {text!r}", "give a whole number") from None
+
+
+def replace_dimensions(
+    machine: Machine, workload: Workload, changes: Mapping[str, Any]
+) -> tuple[Machine, Workload]:
+    """Return both with the parameters in `changes` replaced, which are named as in tables.
+
+    :raise UsageError: there is no such parameter, or a value that can not work.
+    """
+    of: dict[type[Any], dict[str, Any]] = {Machine: {}, Workload: {}}
+    for name, value in changes.items():
+        cls, f = _parameter(name)
+        of[cls][f.name] = value
+    return (
+        dataclasses.replace(machine, **of[Machine]),
+        dataclasses.replace(workload, **of[Workload]),
+    )
+
+
+def _parameter(name: str) -> "tuple[type[Any], dataclasses.Field[Any]]":
+    known = {
+        _destination(f): (cls, f)
+        for cls in (Machine, Workload)
+        for f in dataclasses.fields(cls)
+        if f.name != "extra_args"
+    }
+    found = known.get(name.replace("-", "_"))
+    if found is None:
+        raise UsageError(f"there is no parameter {name!r}", f"choose from: {', '.join(known)}")
+    return found
+
+
+def recorded_dimension(scenario: Mapping[str, Any], name: str) -> Any:
+    """Return the parameter called `name` of a scenario's JSON; its default when it is not there.
+
+    A recording of an older version of the lab does not name what did not exist then.
+    """
+    cls, f = _parameter(name)
+    part = scenario.get("machine" if cls is Machine else "workload", {})
+    return part.get(f.name, f.default)
+
+
+def case_name(method: str, values: Mapping[str, Any]) -> str:
+    """Return what a table calls a method measured with these values of what is varied."""
+    return ", ".join([method, *(f"{name}={_shown(value)}" for name, value in values.items())])
+
+
+def _shown(value: Any) -> str:
+    names = {True: "yes", False: "no", None: "default"}
+    return names[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def to_json(value: "DataclassInstance") -> dict[str, Any]:

@@ -165,8 +165,6 @@ def _result(
         machine=to_json(trial.machine),
         workload=to_json(trial.workload),
         variant=trial.variant,
-        fault_around_pages=trial.fault_around_pages,
-        chunk_kib=trial.chunk_kib,
         buffer_mib=how.buffer_mib,
         log_faults=how.log_faults,
         channels=how.channels,

@@ -79,21 +79,21 @@ def shown(metric: str, value: float | None) -> str:
 
 
 def df_methods(runs: RunSet | Sequence[Run]) -> pd.DataFrame:
-    """One row a method, over its runs that count.
+    """One row a method, or a case where the set varied more than methods, over its runs that count.
 
-    Columns: method, n (boots), failed (runs that are failed or undecided), and for every metric
-    the median over boots as `metric`, and `metric_low`, `metric_high`: the order-statistic
-    interval of the median, asked for at 95 %.  With fewer than six boots it is the lowest and
-    highest boot, which covers less (n = 5: 94 %, n = 3: 75 %).
+    Columns: method (the case: method and values of what was varied), n (boots), failed (runs that
+    are failed or undecided), and for every metric the median over boots as `metric`, and
+    `metric_low`, `metric_high`: the order-statistic interval of the median, asked for at 95 %.
+    With fewer than six boots it is the lowest and highest boot, which covers less (n = 5: 94 %,
+    n = 3: 75 %).
     """
     frame = df_runs(runs)
     frame = frame[~frame["warmup"]]
-    methods = runs.record.plan.get("methods", []) if isinstance(runs, RunSet) else []
-    names = [m for m in methods if m in set(frame["method"])]
-    names += [m for m in dict.fromkeys(frame["method"]) if m not in names]
+    names = runs.cases if isinstance(runs, RunSet) else []
+    names += [name for name in dict.fromkeys(frame["case"]) if name not in names]
     rows = []
     for name in names:
-        of_method = frame[frame["method"] == name]
+        of_method = frame[frame["case"] == name]
         ok = of_method[of_method["outcome"] == "ok"]
         row: dict[str, Any] = {"method": name, "n": len(ok), "failed": len(of_method) - len(ok)}
         for metric in METRICS:
@@ -172,7 +172,7 @@ def warnings_of(run_set: RunSet) -> list[str]:
     found = []
     frame = df_runs(run_set)
     counted = frame[(frame["outcome"] == "ok") & ~frame["warmup"]]
-    for name, part in counted.groupby("method", sort=False):
+    for name, part in counted.groupby("case", sort=False):
         for metric in ("pause_ms", "duration_ms", "lost_work_ms"):
             values = part[metric].dropna().tolist()
             found += [
@@ -202,7 +202,7 @@ def warnings_of(run_set: RunSet) -> list[str]:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: runs that count, of one method, and what they were measured on."""
+    """One side of a comparison: runs that count, of one case, and what they were measured on."""
 
     name: str
     runs: list[Run]
@@ -228,7 +228,7 @@ class Side:
 def sides(
     a: RunSet, b: RunSet, method_a: str | None, method_b: str | None
 ) -> list[tuple[Side, Side]]:
-    """Pairs to compare: the methods both sets have, or the two that are named.
+    """Pairs to compare: the methods (or cases) both sets have, or the two that are named.
 
     :raise RunError: when there is no such pair.
     """
@@ -241,7 +241,7 @@ def sides(
     if method_a or method_b:
         pairs = [(method_a or str(method_b), method_b or str(method_a))]
     else:
-        pairs = [(m, m) for m in a.methods if m in b.methods]
+        pairs = [(name, name) for name in a.cases if name in b.cases]
     if not pairs:
         raise RunError(
             f"{a.name} and {b.name} have no method in common", "name one on each side: SET:METHOD"
@@ -252,7 +252,7 @@ def sides(
         for run_set, name in ((a, left), (b, right)):
             runs = run_set.measured(name)
             if not runs:
-                have = ", ".join(run_set.methods) or "none"
+                have = "; ".join(run_set.cases) or "none"
                 raise RunError(
                     f"{run_set.name} has no run of {name} that counts (it has: {have})",
                     "name another method",

@@ -456,21 +456,26 @@ def fault_summary(faults: pd.DataFrame | None) -> dict[str, float | int | None]:
 def df_runs(runs: Iterable[Run]) -> pd.DataFrame:
     """One row a run.
 
-    Columns: run, round, order, warmup, then the summary line (`SUMMARY_FIELDS`).  Rows in the
-    order they were measured.
+    Columns: run, case, round, order, warmup, then the summary line (`SUMMARY_FIELDS`), then what
+    the run set varied, as far as it is not in the summary line.  Rows in the order they were
+    measured.
     """
+    runs = list(runs)
     rows = [
         {
             "run": run.name,
+            "case": run.case,
             "round": run.record.round,
             "order": run.record.order,
             "warmup": run.record.warmup,
         }
         | {field: run.summary.get(field) for field in SUMMARY_FIELDS}
         | {"method": run.record.method, "outcome": run.record.outcome, "reason": run.record.reason}
+        | run.dimensions
         for run in runs
     ]
-    columns = ["run", "round", "order", "warmup", *SUMMARY_FIELDS]
+    columns = ["run", "case", "round", "order", "warmup", *SUMMARY_FIELDS]
+    columns += dict.fromkeys(n for run in runs for n in run.varied if n not in SUMMARY_FIELDS)
     frame = pd.DataFrame(rows, columns=columns)
     for metric in METRICS:
         frame[metric] = pd.to_numeric(frame[metric])
@@ -480,9 +485,9 @@ def df_runs(runs: Iterable[Run]) -> pd.DataFrame:
 def df_faults_by_method(runs: Iterable[Run]) -> pd.DataFrame:
     """Faults of several runs below each other.
 
-    Columns: run, method, latency_us (handler's side, NA when another thread released the page),
-    ms (read, since the request) and resolver.  Runs without a fault log are left out: their
-    faults are unknown, not zero.
+    Columns: run, method (the case, in a set that varied more), latency_us (handler's side, NA when
+    another thread released the page), ms (read, since the request) and resolver.  Runs without a
+    fault log are left out: their faults are unknown, not zero.
     """
     parts = []
     for run in runs:
@@ -494,7 +499,7 @@ def df_faults_by_method(runs: Iterable[Run]) -> pd.DataFrame:
             pd.DataFrame(
                 {
                     "run": run.name,
-                    "method": run.record.method,
+                    "method": run.case,
                     "latency_us": latency.where(faults["released_ns"] > 0),
                     "ms": (faults["read_ns"] - (run.record.marks.request_ns or 0)) / NS_PER_MS,
                     "resolver": faults["resolver"].astype(str),
@@ -519,7 +524,7 @@ def df_phases_by_method(runs: Iterable[Run]) -> pd.DataFrame:
             pd.DataFrame(
                 {
                     "run": run.name,
-                    "method": run.record.method,
+                    "method": run.case,
                     "phase": phases["phase"].astype(str),
                     "start_ms": (phases["start_ns"] - (run.record.marks.request_ns or 0))
                     / NS_PER_MS,

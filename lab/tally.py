@@ -41,8 +41,6 @@ class Result:
     machine: dict[str, Any]
     workload: dict[str, Any]
     variant: str
-    fault_around_pages: int
-    chunk_kib: int
     buffer_mib: int
     log_faults: bool
     channels: int

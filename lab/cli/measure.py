@@ -4,15 +4,23 @@ import argparse
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lab.cli import measure_floor
-from lab.errors import HostError
+from lab.errors import HostError, UsageError
 from lab.progress import ProgressLine
-from lab.scenario import METHODS, Machine, Workload, add_arguments, from_arguments
+from lab.scenario import (
+    METHODS,
+    Machine,
+    Workload,
+    add_arguments,
+    from_arguments,
+    parse_dimension,
+)
 
 if TYPE_CHECKING:
     from lab.measure import Plan, Progress
@@ -25,8 +33,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "measure",
         help="measure methods, interleaved, into a run set",
         description="Measure methods times repeats, each run a fresh boot, in rounds of random "
-        "order. An unfinished run set of the same plan is continued. Exit status 1 when a run "
-        "failed.",
+        "order; with --vary, each method with every combination of the values given. An unfinished "
+        "run set of the same plan is continued. Exit status 1 when a run failed.",
     )
     parser.add_argument(
         "--method",
@@ -36,7 +44,15 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help=f"repeatable; one of {', '.join(METHODS)} (default: every method)",
     )
     parser.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="boots a method (default 5)"
+        "--vary",
+        action="append",
+        default=[],
+        metavar="PARAMETER=VALUE,...",
+        help="measure each of these values of a parameter below, as in ram-mib=512,1024 or "
+        "workload=idle,random; yes, no or default for a switch; repeatable for every combination",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="boots a case (default 5)"
     )
     parser.add_argument(
         "--warmups",
@@ -85,6 +101,7 @@ async def _measure(args: argparse.Namespace) -> int:
         warmups=args.warmups,
         seed=args.seed,
         verify=args.verify,
+        vary=_varied(args.vary),
     )
     if args.dry_run:
         print("\n".join(describe(plan)))
@@ -102,6 +119,19 @@ async def _measure(args: argparse.Namespace) -> int:
     if not args.json:
         print_table(done)
     return 0 if all(run.ok for run in done) else 1
+
+
+def _varied(given: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    varied: dict[str, tuple[Any, ...]] = {}
+    for text in given:
+        name, equals, values = text.partition("=")
+        name = name.replace("-", "_")
+        if not equals or not values:
+            raise UsageError(f"--vary {text}", "give it as PARAMETER=VALUE,VALUE")
+        if name in varied:
+            raise UsageError(f"--vary names {name} twice", "give all its values at once")
+        varied[name] = tuple(parse_dimension(name, value) for value in values.split(","))
+    return varied
 
 
 async def run_campaign(
@@ -134,7 +164,7 @@ async def run_campaign(
 
         def on_start(progress: "Progress") -> None:
             line(
-                f"run {progress.done + 1}/{progress.total}: {progress.slot.method}, "
+                f"run {progress.done + 1}/{progress.total}: {progress.slot.case.name}, "
                 f"about {estimate_text(progress.remaining_s)} left"
             )
 

@@ -174,3 +174,11 @@ def test_kvm_is_refused_where_a_linux_guest_does_not_run_under_it(
         return
     with pytest.raises(HostError, match=rf"{said}.*; use accel=\"tcg\""):
         check_host(Machine(ram_mib=128, accel="kvm"))
+
+
+def test_sizes_of_the_engine_are_named_only_where_they_differ_from_its_own() -> None:
+    """The unpatched QEMU does not know the properties, and refuses to start with them."""
+    assert "-global" not in command_for(Machine())
+    command = command_for(Machine(fault_around_pages=16))
+    assert "migration.x-snapshot-fault-around=16" in command
+    assert "migration.x-snapshot-chunk-size=2097152" in command

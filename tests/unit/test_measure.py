@@ -16,7 +16,9 @@ from lab.errors import HostError, RunError, SnapshotError, UsageError
 from lab.measure import Ground, Plan, describe, measure, open_set, plan_of, slots, summarise
 from lab.sample import Sample
 from lab.scenario import Machine, Scenario, Workload
-from lab.tables import METRICS, SUMMARY_FIELDS
+from lab.plots import stamp_text
+from lab.summary import comparison_text, df_methods, sides
+from lab.tables import METRICS, SUMMARY_FIELDS, df_runs
 
 GROUND = Ground(
     host={"cpu_model": "made up"},
@@ -54,16 +56,68 @@ def test_every_round_holds_every_method_once() -> None:
     planned = slots(PLAN)
     assert [slot.order for slot in planned] == list(range(12))
     for round_ in range(4):
-        assert {s.method for s in planned if s.round == round_} == set(PLAN.methods)
+        assert {s.case.name for s in planned if s.round == round_} == set(PLAN.methods)
 
 
 def test_the_order_changes_between_rounds_and_is_fixed_by_the_seed() -> None:
     plan = Plan(methods=PLAN.methods, repeats=10, seed=3)
     assert slots(plan) == slots(plan)
-    orders = {tuple(s.method for s in slots(plan) if s.round == r) for r in range(10)}
+    orders = {tuple(s.case.name for s in slots(plan) if s.round == r) for r in range(10)}
     assert len(orders) > 1
     other = Plan(methods=PLAN.methods, repeats=10, seed=4)
-    assert [s.method for s in slots(plan)] != [s.method for s in slots(other)]
+    assert [s.case.name for s in slots(plan)] != [s.case.name for s in slots(other)]
+
+
+VARIED = Plan(
+    methods=("live", "live-inline"),
+    repeats=3,
+    vary={"workload": ("random", "scattered"), "ram_kind": ("memfd", "anon")},
+)
+
+
+def test_what_is_varied_is_measured_in_every_combination_in_every_round() -> None:
+    planned = slots(VARIED)
+    assert len(planned) == 3 * 2 * 2 * 2
+    for round_ in range(3):
+        seen = {
+            (s.case.scenario.method, s.case.scenario.workload.kind, s.case.scenario.machine.ram_kind)
+            for s in planned
+            if s.round == round_
+        }
+        assert len(seen) == 8
+    assert describe(VARIED)[0].startswith("24 runs: 3 x 8 cases")
+
+
+async def test_a_varied_set_is_read_again_case_by_case(tmp_path: Path) -> None:
+    await campaign(tmp_path / "set", FakeSampler(), VARIED)
+    loaded = run.load_set(tmp_path / "set")
+    assert loaded.varied == ("ram_kind", "workload")
+    assert loaded.methods == ["live", "live-inline"]
+    assert loaded.cases[:3] == [
+        "live, ram_kind=memfd, workload=random",
+        "live, ram_kind=memfd, workload=scattered",
+        "live, ram_kind=anon, workload=random",
+    ]
+    assert len(loaded.measured(loaded.cases[0])) == 3
+    table = df_methods(loaded)
+    assert list(table["method"]) == loaded.cases
+    assert set(table["n"]) == {3}
+    runs = df_runs(loaded)
+    assert set(runs["ram_kind"]) == {"memfd", "anon"}
+    assert set(runs["case"]) == set(loaded.cases)
+    assert "boots a case" in stamp_text(loaded)
+    assert plan_of(loaded) == VARIED
+    left, right = sides(loaded, loaded, loaded.cases[0], loaded.cases[1])[0]
+    assert "workload: random -> scattered" in comparison_text(left, right)
+
+
+async def test_an_interrupted_varied_campaign_is_continued(tmp_path: Path) -> None:
+    with pytest.raises(asyncio.CancelledError):
+        await campaign(tmp_path / "set", FakeSampler({7: asyncio.CancelledError()}), VARIED)
+    rest = FakeSampler()
+    done = await campaign(tmp_path / "set", rest, VARIED)
+    assert len(rest.seen) == 24 - 7
+    assert all(len(done.measured(case)) == 3 for case in done.cases)
 
 
 def test_warm_up_rounds_come_first_and_are_marked() -> None:
@@ -78,6 +132,10 @@ def test_warm_up_rounds_come_first_and_are_marked() -> None:
         ({"methods": ("background", "background")}, "named twice"),
         ({"repeats": 0}, "fewer than one"),
         ({"methods": ("teleport",)}, "unknown method"),
+        ({"vary": {"vcpus": ()}}, "no value"),
+        ({"vary": {"vcpus": (1, 2, 1)}}, "twice"),
+        ({"vary": {"colour": ("red",)}}, "no parameter 'colour'"),
+        ({"vary": {"wss_mib": (64, 4096)}}, "does not fit"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -88,7 +146,7 @@ def test_a_plan_that_cannot_work_is_refused(changes: dict[str, Any], message: st
 async def test_a_campaign_measures_in_the_planned_order_and_seals_the_set(tmp_path: Path) -> None:
     sampler = FakeSampler()
     done = await campaign(tmp_path / "set", sampler)
-    assert sampler.seen == [slot.method for slot in slots(PLAN)]
+    assert sampler.seen == [slot.case.name for slot in slots(PLAN)]
     assert [r.record.method for r in done] == sampler.seen
     assert run.load_set(tmp_path / "set").complete
     assert done.runs[0].record.binaries["qemu"]["build_id"] in "pu"
@@ -135,7 +193,7 @@ async def test_an_interrupted_campaign_is_continued_where_it_stopped(tmp_path: P
     rest = FakeSampler()
     done = await campaign(tmp_path / "set", rest)
     assert len(first) == 5
-    assert rest.seen == [slot.method for slot in slots(PLAN)][5:]
+    assert rest.seen == [slot.case.name for slot in slots(PLAN)][5:]
     assert [r.record.id for r in done][:5] == first
     assert done.complete
 
@@ -191,7 +249,7 @@ def test_the_summary_line_has_every_field_and_null_for_what_does_not_apply() -> 
 def test_a_dry_run_says_how_many_runs_and_in_which_order() -> None:
     head, *lines = describe(PLAN)
     assert head.startswith("12 runs: 4 x 3 methods")
-    assert [line.split()[-1] for line in lines] == [slot.method for slot in slots(PLAN)]
+    assert [line.split()[-1] for line in lines] == [slot.case.name for slot in slots(PLAN)]
 
 
 def ramp(*rates: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

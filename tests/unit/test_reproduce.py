@@ -44,12 +44,25 @@ def test_a_dry_run_needs_no_build_and_measures_every_method_by_default(
     assert sum("(warm-up)" in line for line in lines) == len(METHODS)
 
 
+def test_a_dry_run_names_every_case_of_what_is_varied(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--method", "live", "--vary", "fault-around-pages=0,64", "--vary", "net=yes,no"]
+    assert main(["measure", "--dry-run", "--repeats", "1", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert {line.split("  ", 2)[2] for line in lines} == {
+        f"live, fault_around_pages={pages}, net={net}" for pages in (0, 64) for net in ("yes", "no")
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["measure", "--method", "teleport", "--dry-run"], "unknown method 'teleport'"),
         (["measure", "--repeats", "0", "--dry-run"], "fewer than one repeat"),
         (["measure", "--ram-mib", "256", "--dry-run"], "does not fit"),
+        (["measure", "--vary", "chunk-kib", "--dry-run"], "give it as PARAMETER=VALUE"),
+        (["measure", "--vary", "net=maybe", "--dry-run"], "choose from: yes, no"),
+        (["measure", "--vary", "net=no", "--vary", "net=yes", "--dry-run"], "names net twice"),
+        (["measure", "--method", "background", "--chunk-kib", "256", "--dry-run"], "unpatched"),
         (["reproduce", "--profile", "slow"], "invalid choice: 'slow'"),
     ],
 )

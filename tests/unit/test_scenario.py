@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lab.errors import UsageError
 from lab.scenario import (
+    DEFAULT_CHUNK_KIB,
     METHODS,
     MIN_RAM_MIB,
     Machine,
@@ -21,6 +22,8 @@ from lab.scenario import (
     from_arguments,
     from_json,
     method,
+    parse_dimension,
+    replace_dimensions,
     to_json,
 )
 
@@ -43,6 +46,8 @@ machines = st.builds(
     accel=st.sampled_from(["tcg", "kvm"]),
     ram_kind=st.sampled_from(["anon", "memfd", "memfd-private", "file", "file-private"]),
     thp=st.none() | st.booleans(),
+    fault_around_pages=st.sampled_from([0, 1, 16, 64]),
+    chunk_kib=st.sampled_from([256, 2048, 8192]),
     extra_args=st.lists(st.text(max_size=8), max_size=3).map(tuple),
 )
 workloads = st.builds(
@@ -53,7 +58,16 @@ workloads = st.builds(
     seed=st.integers(0, 2**63 - 1),
 )
 scenarios = st.builds(
-    Scenario, machine=machines, workload=workloads, method=st.sampled_from(sorted(METHODS))
+    lambda machine, workload, name: Scenario(
+        machine=machine
+        if METHODS[name].runs_on("patched")
+        else dataclasses.replace(machine, fault_around_pages=0, chunk_kib=DEFAULT_CHUNK_KIB),
+        workload=workload,
+        method=name,
+    ),
+    machines,
+    workloads,
+    st.sampled_from(sorted(METHODS)),
 )
 
 
@@ -80,7 +94,8 @@ def test_flags_default_to_the_fields_and_set_every_field(
     argv += [f"--ram-kind={machine.ram_kind}", *(f"--extra-arg={a}" for a in machine.extra_args)]
     argv += {None: [], True: ["--thp"], False: ["--no-thp"]}[machine.thp]
     argv += [f"--disk={machine.disk}", f"--disk-cache={machine.disk_cache}"]
-    argv += [f"--disk-aio={machine.disk_aio}"]
+    argv += [f"--disk-aio={machine.disk_aio}", f"--chunk-kib={machine.chunk_kib}"]
+    argv += [f"--fault-around-pages={machine.fault_around_pages}"]
     for name in ("disk_iothread", "net", "vnc", "balloon"):
         flag = name.replace("_", "-")
         argv.append(f"--{flag}" if getattr(machine, name) else f"--no-{flag}")
@@ -101,6 +116,34 @@ def test_dimensions_name_every_parameter_once() -> None:
     }
     assert columns["workload"] == "random"
     assert columns["engine"] == "rfc"
+
+
+@given(scenarios)
+def test_replacing_every_dimension_of_one_scenario_by_anothers_gives_the_other(
+    scenario: Scenario,
+) -> None:
+    other = dimensions(scenario)
+    changes = {k: other[k] for k in set(other) - {"method", "engine", "variant", "extra_args"}}
+    machine, workload = replace_dimensions(Machine(), Workload(), changes)
+    assert machine == dataclasses.replace(scenario.machine, extra_args=())
+    assert workload == scenario.workload
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("ram-mib", "512", 512),
+        ("workload", "idle", "idle"),
+        ("thp", "default", None),
+        ("thp", "no", False),
+        ("net", "yes", True),
+    ],
+)
+def test_a_dimension_is_read_from_text_by_its_type(name: str, text: str, value: object) -> None:
+    assert parse_dimension(name, text) == value
+    if name == "net":
+        with pytest.raises(UsageError, match="yes, no"):
+            parse_dimension(name, "default")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +186,17 @@ def test_an_unknown_key_deep_inside_is_refused() -> None:
         lambda: Machine(disk_iothread=True),
         lambda: Machine(disk="virtio", disk_aio="native"),
         lambda: Machine(disk="ide", disk_iothread=True),
+        lambda: Machine(chunk_kib=300),
+        lambda: Machine(chunk_kib=128),
+        lambda: Machine(fault_around_pages=3),
+        lambda: Machine(fault_around_pages=128, chunk_kib=256),
+        lambda: Scenario(machine=Machine(chunk_kib=256), method="background"),
+        lambda: parse_dimension("colour", "red"),
+        lambda: parse_dimension("extra_args", "-S"),
+        lambda: parse_dimension("ram-mib", "much"),
+        lambda: parse_dimension("workload", "chess"),
+        lambda: parse_dimension("net", "maybe"),
+        lambda: replace_dimensions(Machine(), Workload(), {"colour": "red"}),
         lambda: Workload(**_untyped({"kind": "busy"})),
         lambda: Workload(threads=0),
         lambda: Scenario(method="magic"),
