@@ -9,9 +9,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from lab import plots, tables
+from lab.anatomy import df_fault_stages
 from lab.errors import RunError, UsageError
 from lab.floor.summary import df_floor_medians
 from lab.run import Run, RunSet
+from lab.summary import heading
 
 
 def typical_run(run_set: RunSet, case: str) -> Run:
@@ -27,12 +29,15 @@ def typical_run(run_set: RunSet, case: str) -> Run:
     return ordered[(len(ordered) - 1) // 2]
 
 
-def plot_slowdown(*progress: pd.DataFrame, bin_ms: float = 5, ax: Axes | None = None) -> Axes:
+def plot_slowdown(
+    *progress: pd.DataFrame, bin_ms: float = 5, colour_boots: bool = False, ax: Axes | None = None
+) -> Axes:
     """Guest speed around snapshots, as a share of the rate before each; a line a table.
 
     :param progress: what `df_progress()` of a `Snapshot` or of a recorded `Run` returns; which
         snapshot a table is of, and when, is in its `attrs`.
     :param bin_ms: width of the bins; under 2 ms they show the sampler, not the guest.
+    :param colour_boots: give each table a colour of its own, where all are of one method.
     :raise UsageError: a table does not say what it is of, or has too little before the request to
         know the rate by.
     """
@@ -62,7 +67,9 @@ def plot_slowdown(*progress: pd.DataFrame, bin_ms: float = 5, ax: Axes | None = 
         if stop is not None and resume is not None:
             start_ms, end_ms = ((at - request) / tables.NS_PER_MS for at in (stop, resume))
             pauses[label] = (start_ms, end_ms)
-    return plots.plot_rates(rates, pauses_ms=pauses, methods=methods, ax=ax)
+    cycle = plots.COLOURS
+    own = {label: cycle[k % len(cycle)] for k, label in enumerate(rates)} if colour_boots else None
+    return plots.plot_rates(rates, pauses_ms=pauses, methods=methods, colours=own, ax=ax)
 
 
 def _has_rate(run: Run) -> bool:
@@ -83,6 +90,25 @@ def slowdown_figure(
     longest = max((float(run.summary.get("duration_ms") or 0) for run in runs), default=0.0)
     ax.set_xlim(-0.1 * longest - 20, 1.25 * longest + 100)
     return plots.stamp(ax, plots.stamp_text(run_set, [run.case for run in runs]))
+
+
+def slowdown_boots_figure(
+    run_set: RunSet, case: str, *, bin_ms: float = 2, ax: Axes | None = None
+) -> Axes:
+    """Guest speed around the snapshot in every boot of a method or case, close up."""
+    runs = [run for run in run_set.measured(case) if _has_rate(run)]
+    boots = [run.df_progress() for run in runs]
+    ax = plot_slowdown(*boots, bin_ms=bin_ms, colour_boots=True, ax=ax)
+    longest = max((float(run.summary.get("duration_ms") or 0) for run in runs), default=0.0)
+    ax.set_xlim(-0.05 * longest - 10, 1.1 * longest + 40)
+    ax.set_title(f"{case}: every boot (bars: VM paused)", pad=8 + 6 * len(runs))
+    return plots.stamp(ax, plots.stamp_text(run_set, [case]))
+
+
+def lost_work_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
+    """Lost work against duration, a point a boot, and where they are equal."""
+    ax = plots.plot_lost_work(tables.df_runs(run_set), ax=ax)
+    return plots.stamp(ax, plots.stamp_text(run_set))
 
 
 def cost_figure(run_set: RunSet) -> list[Axes]:
@@ -106,6 +132,54 @@ def phases_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
     ax = plots.plot_phases(tables.df_phases_by_method(runs), ax=ax)
     methods = list(dict.fromkeys(run.case for run in runs))
     return plots.stamp(ax, plots.stamp_text(run_set, methods))
+
+
+def phase_times_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
+    """How long every phase took, a point a boot, for the methods whose engine says."""
+    runs = [run for run in run_set.measured() if run.has("phases")]
+    ax = plots.plot_phase_times(tables.df_phases_by_method(runs), ax=ax)
+    return plots.stamp(ax, plots.stamp_text(run_set, [run.case for run in runs]))
+
+
+def stages_figure(run_set: RunSet) -> list[Axes]:
+    """What becomes of a fault, stage by stage, for the methods that log faults."""
+    runs = [run for run in run_set.measured() if run.has("faults")]
+    axes = plots.plot_fault_stages(df_fault_stages(runs))
+    plots.stamp(axes[0], plots.stamp_text(run_set, [run.case for run in runs]))
+    return axes
+
+
+def varied_figure(
+    run_set: RunSet, x: str, metrics: Sequence[str], *, by: str = "method"
+) -> list[Axes]:
+    """What the parameter `x`, which the set varied, changes; a line for each value of `by`.
+
+    :raise RunError: when the set did not vary `x`.
+    """
+    if x not in run_set.varied:
+        varied = ", ".join(run_set.varied) or "nothing"
+        raise RunError(f"{run_set.name} did not vary {x} (it varied: {varied})", "name another")
+    titles = {metric: heading(metric) for metric in metrics}
+    axes = plots.plot_varied(tables.df_runs(run_set), x, titles, by=by)
+    plots.stamp(axes[0], plots.stamp_text(run_set))
+    return axes
+
+
+def stalls_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
+    """What the guest's own operations took, for the runs whose guest timed them."""
+    runs = [run for run in run_set.measured() if run.has("write_latency")]
+    ax = plots.plot_stalls(tables.df_write_latency_by_method(runs), ax=ax)
+    return plots.stamp(ax, plots.stamp_text(run_set, [run.case for run in runs]))
+
+
+def depth_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
+    """Fault latency against what waited for the snapshot thread, for the methods that log faults.
+
+    One method's boots are drawn as one.
+    """
+    runs = [run for run in run_set.measured() if run.has("faults")]
+    ax = plots.plot_faults_by_depth(tables.df_faults_by_method(runs), ax=ax)
+    return plots.stamp(ax, plots.stamp_text(run_set, [run.case for run in runs]))
 
 
 def floor_figures(run_set: RunSet) -> list[Axes]:
@@ -145,6 +219,7 @@ def available(run_set: RunSet) -> Mapping[str, bool]:
         "slowdown": any(_has_rate(typical_run(run_set, case)) for case in run_set.cases),
         "faults": any(run.has("faults") for run in runs),
         "phases": any(run.has("phases") for run in runs),
+        "stalls": any(run.has("write_latency") for run in runs),
     }
 
 

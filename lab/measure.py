@@ -10,6 +10,7 @@ with its reason and without figures, and the campaign goes on; only what will fa
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import random
@@ -282,6 +283,42 @@ async def measure(
                 on_run(recorded)
         run_set.finish()
     return run_set
+
+
+async def measure_again(recorded: run.RunSet, folder: Path, *, repeats: int = 1) -> run.RunSet:
+    """Measure the plan of a set on this machine, with so many boots a case; return the new set.
+
+    :param folder: an existing folder, for the set and for images.
+
+    :raise RunError: the set's plan can not be read by this version of the lab.
+    :raise HostError: this host can not do it.
+    """
+    plan = dataclasses.replace(plan_here(recorded), repeats=repeats, warmups=0)
+    out = folder / recorded.name
+    return await measure(plan, out, image_dir=folder, ground=survey(plan))
+
+
+def plan_here(recorded: run.RunSet) -> Plan:
+    """The plan a set was recorded with, without the kinds of RAM that it varied and that this host
+    can not give.
+
+    Raises RunError when this version of the lab cannot read it.
+    """
+    plan = plan_of(recorded)
+    if "ram_kind" not in plan.vary:
+        return plan
+    kinds = tuple(kind for kind in plan.vary["ram_kind"] if _has_ram(plan.machine, kind))
+    return dataclasses.replace(plan, vary=plan.vary | {"ram_kind": kinds})
+
+
+def _has_ram(machine: Machine, kind: Any) -> bool:
+    from lab.ram import require_ram
+
+    try:
+        require_ram(dataclasses.replace(machine, ram_kind=kind))
+    except HostError:
+        return False
+    return True
 
 
 async def _one(

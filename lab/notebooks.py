@@ -10,9 +10,11 @@ figures do.
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import base64
 import importlib
+import json
 import os
 import re
 import sys
@@ -29,6 +31,7 @@ README_METRICS = ("pause_ms", "duration_ms", "lost_work_ms", "fault_p50_us", "fa
 #: A block of a text that is made from a run set, named by its path from the text's folder.
 TABLE = re.compile(r"(<!-- table of (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 CELL_TIMEOUT_S = 600
+DATA_PREFIX = "../data/"
 PARAMETERS_TAG = "parameters"
 INJECTED_TAG = "injected-parameters"
 
@@ -50,6 +53,20 @@ def parameters_cell(notebook: Mapping[str, Any]) -> int:
     if len(found) != 1:
         raise UsageError(f"{len(found)} cells are tagged {PARAMETERS_TAG!r}", "tag exactly one")
     return found[0]
+
+
+def sets_named(notebook: Path) -> dict[str, str]:
+    """The run sets that a notebook shows by default: parameter -> name of a set in `data/`."""
+    document = json.loads(notebook.read_text(encoding="utf-8"))
+    source = "".join(document["cells"][parameters_cell(document)]["source"])
+    found = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+            continue
+        value = node.value.value if isinstance(node.value, ast.Constant) else None
+        if isinstance(value, str) and value.startswith(DATA_PREFIX):
+            found[node.targets[0].id] = value.removeprefix(DATA_PREFIX)
+    return found
 
 
 async def execute(

@@ -206,6 +206,7 @@ def plot_rates(
     *,
     pauses_ms: Mapping[str, tuple[float, float]] | None = None,
     methods: Mapping[str, str] | None = None,
+    colours: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Guest speed against time around the snapshot, one line a run.
@@ -215,10 +216,11 @@ def plot_rates(
     :param rates: label -> `lab.tables.df_rate`.
     :param pauses_ms: label -> start and end of the pause since the request; drawn as a mark on top.
     :param methods: label -> method, for the colour; the label itself by default.
+    :param colours: label -> colour, where it is not to be the method's.
     """
     ax = _axes(ax)
     for row, (label, rate) in enumerate(rates.items()):
-        shade = colour((methods or {}).get(label, label))
+        shade = (colours or {}).get(label) or colour((methods or {}).get(label, label))
         ax.plot(rate["ms"], 100 * rate["share"], color=shade, label=label, linewidth=1.1)
         if pauses_ms and label in pauses_ms:
             # Above the axes, where no line runs, and with a tick: a pause of 1 ms is thinner than
@@ -252,7 +254,7 @@ def plot_phases(phases: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     if "duration_ms" not in phases:
         name = phases.attrs.get("method", "snapshot")
         phases = phases.assign(run=name, duration_ms=phases["duration_ns"] / 1e6)
-    running = {"populate", "setup", "sweep", "complete", "release", "hold"}
+    running = {"populate", "setup", "arm-ahead", "sweep", "complete", "release", "hold"}
     inside = phases[~phases["phase"].isin(running)]
     names = list(dict.fromkeys(inside["phase"]))
     runs = list(dict.fromkeys(inside["run"]))
@@ -269,6 +271,147 @@ def plot_phases(phases: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     if names:
         ax.legend(ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8)
     return ax
+
+
+def plot_phase_times(phases: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """How long every phase took, those included in which the guest runs: one point a boot, a bar at
+    the median, log scale.
+
+    :param phases: `lab.tables.df_phases_by_method`.  Phases in the order in which they begin.
+    """
+    ax = _axes(ax)
+    names = phases.groupby("phase", observed=True)["start_ms"].median().sort_values().index.tolist()
+    methods = _in_order(phases["method"])
+    for place, method in enumerate(methods):
+        # Methods beside each other within a phase's row.
+        shift = (place - (len(methods) - 1) / 2) * 0.8 / max(1, len(methods))
+        label: str | None = method
+        for row, name in enumerate(names):
+            chosen = (phases["method"] == method) & (phases["phase"] == name)
+            values = phases.loc[chosen, "duration_ms"].to_numpy(dtype=np.float64)
+            if len(values):
+                _points(ax, values, row + shift, method, label, half=0.35 / len(methods))
+                label = None
+    ax.set_yticks(range(len(names)), names)
+    if names:
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        _log_x(ax, phases["duration_ms"])
+    ax.grid(visible=False, axis="y")
+    ax.set_xlabel("ms")
+    ax.set_title("How long each phase takes")
+    if len(methods) > 1:
+        ax.legend()
+    return ax
+
+
+def _points(
+    ax: Axes, values: np.ndarray[Any, Any], row: float, method: str, label: str | None, half: float
+) -> None:
+    shade = colour(method)
+    spread = np.linspace(-half / 2, half / 2, len(values)) if len(values) > 1 else np.zeros(1)
+    shape: dict[str, Any] = {"color": shade, "markersize": 4, "alpha": 0.75, "label": label}
+    ax.plot(values, row + spread, marker(method), **shape)
+    ax.plot([np.median(values)] * 2, [row - half, row + half], color=shade, linewidth=2)
+
+
+def plot_fault_stages(stages: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> list[Axes]:
+    """Distribution of how long faults spend in each stage, one panel a stage, one line a boot.
+
+    :param stages: `lab.anatomy.df_fault_stages`.
+    """
+    seen = set(stages["stage"])
+    names = [name for name in ("queued", "saved", "released") if name in seen] or ["no fault"]
+    if axes is None:
+        with styled():
+            size = (3 * len(names) + 0.5, 3)
+            axes = np.atleast_1d(plt.subplots(1, len(names), figsize=size, sharey=True)[1]).tolist()
+    drawn = list(axes)
+    methods = _in_order(stages["method"])
+    for ax, name in zip(drawn, names, strict=True):
+        of_stage = stages[stages["stage"] == name]
+        labelled = set()
+        for method in methods:
+            for _, boot in of_stage[of_stage["method"] == method].groupby("run", sort=False):
+                values = np.sort(boot["us"].to_numpy(dtype=np.float64))
+                share = np.arange(1, len(values) + 1) / len(values)
+                label = None if method in labelled else method
+                labelled.add(method)
+                line: dict[str, Any] = {
+                    "color": colour(method),
+                    "alpha": 0.8,
+                    "linewidth": 1.1,
+                    "label": label,
+                }
+                ax.step(values, share, where="post", **line)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(FuncFormatter(_plain))
+        ax.set_title(name)
+        ax.set_xlabel("us")
+        if labelled:
+            ax.legend(loc="lower right", fontsize=7)
+    drawn[0].set_ylabel("share of faults")
+    drawn[0].set_ylim(0, 1.01)
+    return drawn
+
+
+def plot_varied(
+    runs: pd.DataFrame,
+    x: str,
+    metrics: Mapping[str, str],
+    *,
+    by: str = "method",
+    axes: Sequence[Axes] | None = None,
+) -> list[Axes]:
+    """What a parameter changes: one panel a metric, one point a boot, a line through the medians.
+
+    :param runs: `lab.tables.df_runs` of a set that varied `x`; warm-ups and runs that are not ok
+        are left out.
+    :param metrics: column -> title of its panel, with the unit.  Log scale; values of zero or less
+        have no place on it and are left out, and the title says how many.
+    :param by: column whose values get a line each.
+    """
+    data = runs[(runs["outcome"] == "ok") & ~runs["warmup"]]
+    if axes is None:
+        with styled():
+            size = (2.6 * len(metrics) + 0.5, 2.9)
+            axes = np.atleast_1d(plt.subplots(1, len(metrics), figsize=size)[1]).tolist()
+    drawn = list(axes)
+    values = data[x].unique().tolist()
+    values = values if data[x].dtype == object else sorted(values)
+    groups = _in_order(data[by]) if by == "method" else sorted(data[by].unique(), key=str)
+    for ax, (metric, title) in zip(drawn, metrics.items(), strict=True):
+        hidden = int((data[metric] <= 0).sum())
+        positive = data[data[metric] > 0]
+        for k, group in enumerate(groups):
+            shade = colour(group) if by == "method" else COLOURS[k % len(COLOURS)]
+            shape = marker(group) if by == "method" else MARKERS[k % len(MARKERS)]
+            part = positive[positive[by] == group]
+            at = part[x].map(values.index).to_numpy(dtype=np.float64)
+            # Groups beside each other, so that they do not hide each other.
+            shift = 0.12 * (k - (len(groups) - 1) / 2)
+            points = {"color": shade, "markersize": 4, "alpha": 0.6}
+            ax.plot(at + shift, part[metric].to_numpy(dtype=np.float64), shape, **points)
+            middle = part.groupby(x)[metric].median()
+            places = sorted(values.index(value) for value in middle.index)
+            heights = [middle[values[place]] for place in places]
+            where = np.asarray(places) + shift
+            ax.plot(where, heights, color=shade, linewidth=1.4, label=str(group))
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(FuncFormatter(_plain))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        if len(positive):
+            low, high = positive[metric].min() / 1.4, positive[metric].max() * 1.4
+            ax.set_ylim(low, high)
+            steps = (1, 2, 3, 5) if high / low < 30 else (1,)
+            ax.yaxis.set_major_locator(LogLocator(subs=steps))
+        slant = {"rotation": 30, "ha": "right"} if any(len(str(v)) > 5 for v in values) else {}
+        ax.set_xticks(range(len(values)), [str(value) for value in values], **slant)
+        ax.set_xlabel(x)
+        ax.set_title(f"{title} ({hidden} not shown)" if hidden else title, fontsize=9)
+        ax.tick_params(labelsize=8)
+    if len(groups) > 1:
+        drawn[0].legend(fontsize=7)
+    return drawn
 
 
 def plot_cost(runs: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> list[Axes]:
@@ -400,4 +543,125 @@ def plot_faults_over_time(faults: pd.DataFrame, *, ax: Axes | None = None) -> Ax
     ax.set_title("Each fault: when it came and how long it took")
     if ax.get_legend_handles_labels()[0]:
         ax.legend(markerscale=6, loc="upper right")
+    return ax
+
+
+def plot_faults_by_depth(faults: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Latency of faults against what waited for the snapshot thread when they were read: median,
+    and the band from the 10 % to the 90 % quantile, by method.
+
+    :param faults: `lab.tables.df_faults_by_method` with `queue_depth`.  Depths are gathered in bins
+        that double in width; the numbers of faults in them differ by orders of magnitude.
+    """
+    ax = _axes(ax)
+    data = faults.dropna(subset=["latency_us"])
+    for method in _in_order(data["method"]):
+        part = data[data["method"] == method]
+        # 0 by itself, then 1, 2-3, 4-7, ...
+        depth = part["queue_depth"].to_numpy(dtype=np.int64)
+        part = part.assign(
+            bin=np.where(depth > 0, 2.0 ** np.floor(np.log2(np.maximum(depth, 1))), 0)
+        )
+        by_bin = part.groupby("bin")["latency_us"]
+        quantiles = {q: by_bin.quantile(q, interpolation="lower") for q in (0.1, 0.5, 0.9)}
+        shade = colour(method)
+        x = quantiles[0.5].index.to_numpy()
+        ax.fill_between(x, quantiles[0.1], quantiles[0.9], color=shade, alpha=0.2, linewidth=0)
+        ax.plot(x, quantiles[0.5], marker(method) + "-", color=shade, markersize=4, label=method)
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(_plain))
+    ax.yaxis.set_minor_formatter(FuncFormatter(_plain))
+    ax.set_xlabel("faults, or pages copied aside, that waited for the snapshot thread")
+    ax.set_ylabel("latency, us")
+    ax.set_title("Fault latency against the queue (median, 10 to 90 %)")
+    if len(data):
+        ax.legend()
+    return ax
+
+
+def plot_page_map(faults: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Which pages were saved because of a fault, when, and by whom.
+
+    :param faults: one snapshot's `df_faults()`.  A point is a fault at its page's guest-physical
+        address; an engine that takes neighbours along saves as many pages around it.  The sweep's
+        own pages are not in the log: it saves what no point shows.
+    """
+    ax = _axes(ax)
+    seen = faults.dropna(subset=["gpa"])
+    origin, since = faults.attrs.get("request_ns"), "request"
+    if origin is None:
+        origin, since = faults["read_ns"].min(), "first fault"
+    for k, (resolver, part) in enumerate(seen.groupby("resolver", observed=True)):
+        at_ms = (part["read_ns"] - origin) / 1e6
+        address_mib = part["gpa"].astype(np.int64) / 2**20
+        shade = COLOURS[k % len(COLOURS)]
+        style: dict[str, Any] = {"color": shade, "markersize": 1.5, "label": str(resolver)}
+        ax.plot(at_ms, address_mib, ".", **style)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(markerscale=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.set_xlabel(f"since the {since}, ms")
+    ax.set_ylabel("guest-physical address, MiB")
+    ax.set_title("Where and when the guest met a protected page")
+    return ax
+
+
+def plot_stalls(stalls: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """How many of the guest's operations took longer than x, by the guest's own clock.
+
+    :param stalls: `lab.tables.df_write_latency_by_method`: one line a boot while the snapshot ran,
+        and a dashed one for the second before.  Operations a second, so that windows of different
+        length compare.
+    """
+    ax = _axes(ax)
+    labelled = set()
+    for keys, part in stalls.groupby(["method", "run", "window"], sort=False):
+        method, window = str(keys[0]), str(keys[2])
+        ordered = part.sort_values("low_ns")
+        longer = ordered["ops"].iloc[::-1].cumsum().iloc[::-1] / ordered["window_s"]
+        during = window == "during"
+        label = method if during else "before"
+        style: dict[str, Any] = {"color": colour(method) if during else "#999999", "alpha": 0.8}
+        style |= {"linestyle": "-" if during else "--", "linewidth": 1.1 if during else 0.7}
+        style |= {"label": None if label in labelled else label, "zorder": 2 if during else 1}
+        labelled.add(label)
+        ax.step(ordered["low_ns"] / 1e3, longer, where="post", **style)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(_plain))
+    ax.set_xlabel("duration of an operation, us (the guest's clock)")
+    ax.set_ylabel("operations a second that took longer")
+    ax.set_title("What the guest's own operations took")
+    if labelled:
+        ax.legend()
+    return ax
+
+
+def plot_lost_work(runs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Lost work against duration, one point a boot, both logarithmic; the line is where a guest
+    would be that stood still for all of the snapshot.
+
+    :param runs: `lab.tables.df_runs`; warm-ups, runs that are not ok and lost work of zero or less,
+        which has no place here, are left out.
+    """
+    ax = _axes(ax)
+    data = runs[(runs["outcome"] == "ok") & ~runs["warmup"] & (runs["lost_work_ms"] > 0)]
+    method_of = dict(zip(data["case"], data["method"], strict=True))
+    for case in sorted(method_of, key=lambda case: (_slot(method_of[case]), case)):
+        part = data[data["case"] == case]
+        style = {"color": colour(method_of[case]), "markersize": 5, "alpha": 0.75, "label": case}
+        ax.plot(part["duration_ms"], part["lost_work_ms"], marker(method_of[case]), **style)
+    if len(data):
+        ends = [data["duration_ms"].min() / 1.3, data["duration_ms"].max() * 1.3]
+        ax.plot(ends, ends, color="#999999", linewidth=0.8, zorder=0)
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(_plain))
+        axis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("duration, ms")
+    ax.set_ylabel("lost work, ms")
+    ax.set_title("What was lost, and how long it took")
     return ax

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -72,15 +73,21 @@ _FLOOR_LIMITS = (
 )
 
 
+# Figures of what another figure is of, too.
+_NEEDED = {"stages": "faults", "all-phases": "phases"}
+
+
 def _png(axes: Axes | list[Axes]) -> str:
     figure = (axes[0] if isinstance(axes, list) else axes).get_figure()
     assert isinstance(figure, Figure)
     buffer = io.BytesIO()
     # Without the software's name in it the same data give the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    return (
-        f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-    )
+    return _embedded(buffer.getvalue())
+
+
+def _embedded(png: bytes) -> str:
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def _table(frame: pd.DataFrame, css: str = "") -> str:
@@ -139,6 +146,24 @@ def render_report(run_set: RunSet) -> str:
     parts.append("<h2>What each number is</h2>" + _table(definitions(), "text"))
     parts += _list("What the numbers do not show", _LIMITS)
     return "\n".join(parts + _tail(run_set))
+
+
+def render_beside(pairs: Sequence[tuple[Path, Path]]) -> str:
+    """One HTML document that shows figures beside each other, those of the recorded data to the
+    left and those of this machine to the right.
+
+    :param pairs: PNG files; one that does not exist is said to be missing.
+    """
+    parts = _head("Recorded and here", "left: recorded data; right: measured here")
+    parts.append("<table><tr><th>recorded</th><th>here</th></tr>")
+    for recorded, here in pairs:
+        cells = "".join(
+            f"<td>{_embedded(path.read_bytes()) if path.exists() else 'no such figure'}</td>"
+            for path in (recorded, here)
+        )
+        name = html.escape(here.stem)
+        parts.append(f"<tr><td colspan=2><b>{name}</b></td></tr><tr>{cells}</tr>")
+    return "\n".join([*parts, "</table></body></html>"])
 
 
 def _floor_report(run_set: RunSet) -> str:
@@ -207,13 +232,19 @@ def _figures(run_set: RunSet) -> list[str]:
         "cost": ("What a snapshot costs", figures.cost_figure),
         "slowdown": ("The guest around the snapshot", figures.slowdown_figure),
         "faults": ("Write faults", figures.faults_figure),
+        "stages": ("What becomes of a write fault", figures.stages_figure),
+        "stalls": ("What the guest's own operations took", figures.stalls_figure),
         "phases": ("The pause", figures.phases_figure),
+        "all-phases": (
+            "Every phase, the guest running in most of them",
+            figures.phase_times_figure,
+        ),
     }
     have = figures.available(run_set)
     parts = []
     with plots.styled():
         for name, (title, draw) in wanted.items():
-            if have[name]:
+            if have[_NEEDED.get(name, name)]:
                 parts.append(f"<h2>{title}</h2>" + _png(draw(run_set)))
     figures.close_all()
     return parts

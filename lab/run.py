@@ -479,6 +479,12 @@ class RunSet:
 
         return list(dict.fromkeys(run.case for run in sorted(runs, key=place)))
 
+    def cases_with(self, **values: Any) -> list[str]:
+        """The cases that have these values of parameters that the set varied."""
+        runs = self.measured()
+        chosen = {r.case for r in runs if all(r.dimensions.get(k) == v for k, v in values.items())}
+        return [case for case in self.cases if case in chosen]
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the set for writing.  Raises RunError when another process measures into it."""

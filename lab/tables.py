@@ -486,8 +486,8 @@ def df_faults_by_method(runs: Iterable[Run]) -> pd.DataFrame:
     """Faults of several runs below each other.
 
     Columns: run, method (the case, in a set that varied more), latency_us (handler's side, NA when
-    another thread released the page), ms (read, since the request) and resolver.  Runs without a
-    fault log are left out: their faults are unknown, not zero.
+    another thread released the page), ms (read, since the request), resolver and queue_depth.  Runs
+    without a fault log are left out: their faults are unknown, not zero.
     """
     parts = []
     for run in runs:
@@ -503,11 +503,13 @@ def df_faults_by_method(runs: Iterable[Run]) -> pd.DataFrame:
                     "latency_us": latency.where(faults["released_ns"] > 0),
                     "ms": (faults["read_ns"] - (run.record.marks.request_ns or 0)) / NS_PER_MS,
                     "resolver": faults["resolver"].astype(str),
+                    "queue_depth": faults["queue_depth"],
                 }
             )
         )
     if not parts:
-        return pd.DataFrame(columns=["run", "method", "latency_us", "ms", "resolver"])
+        names = ["run", "method", "latency_us", "ms", "resolver", "queue_depth"]
+        return pd.DataFrame(columns=names)
     return pd.concat(parts, ignore_index=True)
 
 
@@ -535,6 +537,29 @@ def df_phases_by_method(runs: Iterable[Run]) -> pd.DataFrame:
     if not parts:
         return pd.DataFrame(columns=["run", "method", "phase", "start_ms", "duration_ms"])
     return pd.concat(parts, ignore_index=True)
+
+
+def df_write_latency_by_method(runs: Iterable[Run]) -> pd.DataFrame:
+    """How long the guest's operations took, of several runs below each other.
+
+    Columns: run, method (or case), window_s (how long that window was) and those of the table
+    `write_latency`.  Runs whose guest did not time its operations are left out.
+    """
+    parts = []
+    for run in runs:
+        if not run.has("write_latency"):
+            continue
+        marks = run.record.marks
+        during_s = ((marks.end_ns or 0) - (marks.request_ns or 0)) / NS_PER_S
+        table = run.df("write_latency")
+        table["window"] = table["window"].astype(str)
+        seconds = {"before": BASELINE_NS / NS_PER_S, "during": during_s}
+        table.insert(0, "window_s", table["window"].map(seconds))
+        table.insert(0, "method", run.case)
+        table.insert(0, "run", run.name)
+        parts.append(table)
+    columns = ["run", "method", "window_s", *COLUMNS["write_latency"]]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
 def varying(frames: Sequence[Mapping[str, Any]], names: Sequence[str] = DIMENSIONS) -> list[str]:

@@ -92,9 +92,6 @@ def _refuse_given_before(parent: argparse.ArgumentParser, args: argparse.Namespa
 
 async def _measure_floor(args: argparse.Namespace) -> int:
     from lab.cache import cache_dir
-    from lab.floor.build import ensure_program
-    from lab.floor.measure import measure_floor, survey
-    from lab.measure import estimate_text
 
     plan = FloorPlan(
         benchmarks=tuple(dict.fromkeys(args.floor_benchmark or BENCHMARKS)),
@@ -110,7 +107,21 @@ async def _measure_floor(args: argparse.Namespace) -> int:
         return 0
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     out = args.floor_out or cache_dir() / "runs" / f"floor-{stamp}"
-    image_dir = args.floor_image_dir or cache_dir()
+    done = await run_floor(plan, out, image_dir=args.floor_image_dir, note=args.floor_note)
+    print_floor(done, as_json=args.floor_json)
+    return 0 if all(run.ok for run in done) else 1
+
+
+async def run_floor(
+    plan: FloorPlan, out: Path, *, image_dir: Path | None = None, note: str = ""
+) -> "RunSet":
+    """Measure `plan` into `out` with a progress line."""
+    from lab.cache import cache_dir
+    from lab.floor.build import ensure_program
+    from lab.floor.measure import measure_floor, survey
+    from lab.measure import estimate_text
+
+    image_dir = image_dir or cache_dir()
     program = await ensure_program()
     ground = survey(plan, program, image_dir)
     with ExitStack() as stack:
@@ -128,13 +139,13 @@ async def _measure_floor(args: argparse.Namespace) -> int:
                 line(f"{run.name} {run.record.outcome}: {run.record.reason}")
 
         try:
-            done = await measure_floor(
+            return await measure_floor(
                 plan,
                 out,
                 image_dir=image_dir,
                 program=program,
                 ground=ground,
-                note=args.floor_note,
+                note=note,
                 on_start=on_start,
                 on_run=on_run,
             )
@@ -144,8 +155,6 @@ async def _measure_floor(args: argparse.Namespace) -> int:
                 f"lab: interrupted; the same arguments with --out {out} continue", file=sys.stderr
             )
             raise
-    print_floor(done, as_json=args.floor_json)
-    return 0 if all(run.ok for run in done) else 1
 
 
 def print_floor(run_set: "RunSet", *, as_json: bool) -> None:

@@ -2,31 +2,39 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lab.progress import ProgressLine
 from lab.scenario import METHODS, Machine, Workload
 
 if TYPE_CHECKING:
+    from lab.measure import Plan
     from lab.run import RunSet
+
+#: The recorded set in whose place the main measurement is shown.
+MAIN_SET = "first-light"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What a profile measures, with every method."""
+    """What a profile measures, with every method; `every_set` adds the other sets that notebooks
+    show, each by its own plan.
+    """
 
     machine: Machine
     workload: Workload
     repeats: int
+    every_set: bool = False
 
 
 PROFILES = {
     # Of the order of minutes on 2 CPUs; three boots show a factor, not a percentage.
     "quick": Profile(machine=Machine(), workload=Workload(), repeats=3),
-    "full": Profile(machine=Machine(), workload=Workload(), repeats=9),
+    "full": Profile(machine=Machine(), workload=Workload(), repeats=9, every_set=True),
 }
 
 
@@ -36,7 +44,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "reproduce",
         help="build, measure every method, write the report and the figures",
         description="Build what is missing, measure every method on this machine, print the table, "
-        "write one HTML report and re-make the notebooks' figures from this machine's own data.",
+        "write one HTML report and re-make the notebooks' figures from this machine's own data. "
+        "The profile full measures every set that the notebooks show (an hour or two); quick the "
+        "one that most of them do. The same command with --out goes on after an interruption.",
     )
     parser.add_argument(
         "--profile", choices=sorted(PROFILES), default="quick", help="default: quick"
@@ -44,11 +54,17 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="the run set (default: data/PROFILE-TIME here)"
     )
+    parser.add_argument(
+        "--beside",
+        action="store_true",
+        help="also write a page that shows every figure beside the recorded one; with --out of a "
+        "measurement that is complete, nothing is measured again",
+    )
     parser.set_defaults(handler=_reproduce)
 
 
 async def _reproduce(args: argparse.Namespace) -> int:
-    from lab.cli.measure import print_table, run_campaign
+    from lab.cli.measure import print_table
     from lab.guest.build import ensure_guest
     from lab.measure import Plan
     from lab.qemu.build import ensure_qemu
@@ -65,29 +81,94 @@ async def _reproduce(args: argparse.Namespace) -> int:
         workload=profile.workload,
         repeats=profile.repeats,
     )
-    done = await run_campaign(plan, out, note=f"lab reproduce --profile {args.profile}")
+    note = f"lab reproduce --profile {args.profile}"
+    done = await _measured(plan, out, note)
     print_table(done)
-    await write_up(done)
-    return 0 if all(run.ok for run in done) else 1
+    own = {MAIN_SET: done}
+    if profile.every_set:
+        own |= await _other_sets(out / "sets", note)
+    await write_up(done, own, beside=args.beside)
+    return 0 if all(run.ok for measured in own.values() for run in measured) else 1
 
 
-async def write_up(run_set: "RunSet") -> None:
-    """Write report, notebooks and figures of a set beside its runs, and say where they are."""
-    from lab.notebooks import execute, notebook_paths, save_figures
-    from lab.report import render_report
+async def _measured(plan: "Plan", out: Path, note: str) -> "RunSet":
+    """Measure a plan into `out`, or go on with it; what is complete is left as it is."""
+    from lab.cli.measure import run_campaign
+    from lab.run import load_set
 
-    report = run_set.path / "report.html"
-    report.write_text(render_report(run_set), encoding="utf-8")
-    print(f"report: {report}")
+    if (out / "set.json").exists():
+        found = load_set(out)
+        if found.complete:
+            print(f"already measured: {out}")
+            return found
+    return await run_campaign(plan, out, note=note)
+
+
+async def _other_sets(folder: Path, note: str) -> "dict[str, RunSet]":
+    """Measure again, by its own plan, every other set that a notebook shows."""
+    from lab.cli.measure_floor import run_floor
+    from lab.floor.plan import FloorPlan
+    from lab.measure import plan_here
+    from lab.notebooks import NOTEBOOKS, notebook_paths, sets_named
+    from lab.run import load_set
+    from lab.scenario import from_json
+
+    names = {name for path in notebook_paths() for name in sets_named(path).values()}
+    own = {}
+    for name in sorted(names - {MAIN_SET}):
+        recorded = load_set(NOTEBOOKS.parent / "data" / name)
+        out = folder / name
+        if recorded.kind == "floor":
+            if (out / "set.json").exists() and (found := load_set(out)).complete:
+                own[name] = found
+                continue
+            document = {
+                key: value
+                for key, value in recorded.record.plan.items()
+                if key not in ("kind", "methods")
+            }
+            own[name] = await run_floor(from_json(FloorPlan, document), out, note=note)
+        else:
+            own[name] = await _measured(plan_here(recorded), out, note)
+    return own
+
+
+async def write_up(
+    run_set: "RunSet", own: "Mapping[str, RunSet] | None" = None, *, beside: bool = False
+) -> None:
+    """Write report, notebooks and figures of a set beside its runs, and say where they are.
+
+    :param own: name of a recorded set -> the one that was measured here in its place; by default
+        `run_set` for the one that most notebooks show.
+    :param beside: write a page as well that shows every figure beside the recorded one.
+    """
+    from lab.notebooks import NOTEBOOKS, execute, notebook_paths, save_figures, sets_named
+    from lab.report import render_beside, render_report
+
+    own = {MAIN_SET: run_set} if own is None else own
+    for one in own.values():
+        report = one.path / "report.html"
+        report.write_text(render_report(one), encoding="utf-8")
+        print(f"report: {report}")
     figures = []
     with ProgressLine() as line:
         for source in notebook_paths():
             line(f"executing {source.name}")
             target = run_set.path / "notebooks" / source.name
-            await execute(source, target, {"DATA": str(run_set.path.resolve()), "LIVE": False})
+            parameters: dict[str, Any] = {
+                parameter: str(own[name].path.resolve())
+                for parameter, name in sets_named(source).items()
+                if name in own
+            }
+            await execute(source, target, parameters | {"LIVE": False})
             figures += save_figures(target, run_set.path / "figures")
-    if figures:
-        print(f"figures: {len(figures)} in {run_set.path / 'figures'}")
-        print(f"notebooks, re-executed: {run_set.path / 'notebooks'}")
-    else:
+    if not figures:
         print("figures: none, the notebooks are not part of this installation", file=sys.stderr)
+        return
+    print(f"figures: {len(figures)} in {run_set.path / 'figures'}")
+    print(f"notebooks, re-executed: {run_set.path / 'notebooks'}")
+    if beside:
+        pairs = [(NOTEBOOKS / "figures" / path.name, path) for path in figures]
+        page = run_set.path / "beside.html"
+        page.write_text(render_beside(pairs), encoding="utf-8")
+        print(f"beside the recorded figures: {page}")

@@ -2,11 +2,15 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from lab import run
+from lab.qemu import qtest
+from lab.scenario import METHODS, RamKind
 from lab.tables import COLUMNS, SUMMARY_FIELDS, Column
+from lab.tally import read_record, summarise
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 SETS = sorted(path.parent for path in DATA.glob("*/set.json"))
@@ -57,6 +61,40 @@ def test_a_recorded_set_is_small_and_names_no_place_on_a_machine(path: Path) -> 
         if file.suffix in (".json", ".log"):
             text = file.read_text(encoding="utf-8", errors="replace")
             assert not re.search(r"(?<![\w.])/(?:root|home|tmp|work|mnt)/", text), file
+
+
+def test_every_recorded_set_is_in_the_list() -> None:
+    text = (DATA / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([\w-]+)` \|", text.split("## The sets")[1].split("\n## ")[0], re.M)
+    assert sorted(listed) == [path.name for path in SETS]
+
+
+def test_of_the_recorded_soak_every_live_snapshot_is_equal_and_there_are_hundreds() -> None:
+    results = read_record(DATA / "soak.jsonl")
+    live = [result for result in results if METHODS[result.method].mechanism == "background"]
+    total = summarise(live)
+    assert total["equal"] == total["iterations"] >= 200
+    assert total["pages_differing"] == 0
+    assert all(result.pages_compared > 0 for result in live)
+    assert set(total["by_ram_kind"]) == set(get_args(RamKind))
+    assert set(total["by_vcpus"]) == {"1", "2", "3", "4"}
+    assert set(summarise(results)["by_method"]) == set(METHODS)
+
+
+def test_what_was_not_equal_in_the_recorded_soak_is_named() -> None:
+    text = (DATA / "README.md").read_text(encoding="utf-8")
+    wrong = [r for r in read_record(DATA / "soak.jsonl") if r.outcome != "equal"]
+    assert wrong
+    for result in wrong:
+        assert f"seed {result.seed}" in text
+
+
+def test_the_patches_broke_none_of_qemus_own_tests() -> None:
+    record = qtest.read_record(DATA / "qtest.json")
+    assert record.regressions == []
+    assert set(record.results) == set(record.tests)
+    passed = [name for name, result in record.results.items() if result.patched == "passed"]
+    assert len(passed) > len(record.tests) / 2
 
 
 def test_all_recorded_sets_together_are_small() -> None:

@@ -14,9 +14,9 @@ from lab import run, sample
 from lab.cli.measure import run_campaign
 from lab.errors import HostError, RunError, SnapshotError, UsageError
 from lab.measure import Ground, Plan, describe, measure, open_set, plan_of, slots, summarise
+from lab.plots import stamp_text
 from lab.sample import Sample
 from lab.scenario import Machine, Scenario, Workload
-from lab.plots import stamp_text
 from lab.summary import comparison_text, df_methods, sides
 from lab.tables import METRICS, SUMMARY_FIELDS, df_runs
 
@@ -80,7 +80,11 @@ def test_what_is_varied_is_measured_in_every_combination_in_every_round() -> Non
     assert len(planned) == 3 * 2 * 2 * 2
     for round_ in range(3):
         seen = {
-            (s.case.scenario.method, s.case.scenario.workload.kind, s.case.scenario.machine.ram_kind)
+            (
+                s.case.scenario.method,
+                s.case.scenario.workload.kind,
+                s.case.scenario.machine.ram_kind,
+            )
             for s in planned
             if s.round == round_
         }

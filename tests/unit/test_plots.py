@@ -9,7 +9,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 import lab
-from lab import plots, run, tables
+from lab import figures, plots, run, tables
 from lab.errors import UsageError
 from lab.scenario import METHODS
 
@@ -161,3 +161,63 @@ def test_the_style_does_not_leak_into_the_process_unless_asked_for() -> None:
     assert mpl.rcParams["axes.titlelocation"] == before
     plots.use_style()
     assert mpl.rcParams["axes.titlelocation"] == "left"
+
+
+def test_latency_against_the_queue_has_a_point_a_bin_of_depths() -> None:
+    faults = pd.DataFrame(
+        {
+            "run": "a",
+            "method": "live",
+            "latency_us": [1.0, 2.0, 3.0, 10.0, 20.0, 30.0, np.nan],
+            "queue_depth": [0, 0, 0, 4, 5, 7, 100],
+        }
+    )
+    ax = plots.plot_faults_by_depth(faults)
+    (line,) = ax.get_lines()
+    assert np.asarray(line.get_xdata()).tolist() == [0, 4]
+    assert np.asarray(line.get_ydata()).tolist() == [2.0, 20.0]
+
+
+def test_the_page_map_has_a_point_a_fault_at_its_address(make_synthetic_set: MakeSet) -> None:
+    faults = make_synthetic_set().measured("live-rfc")[0].df_faults()
+    ax = plots.plot_page_map(faults)
+    assert (
+        sum(len(np.asarray(line.get_xdata())) for line in ax.get_lines()) == faults["gpa"].count()
+    )
+    assert ax.get_legend_handles_labels()[1] == ["snapshot-thread", "sweep"]
+    assert ax.get_xlabel() == "since the request, ms"
+
+
+def test_stalls_are_counted_from_the_longest_on_and_by_the_second() -> None:
+    stalls = pd.DataFrame(
+        {
+            "run": "a",
+            "method": "live",
+            "window": ["before", "during", "during", "during"],
+            "window_s": [1.0, 0.5, 0.5, 0.5],
+            "low_ns": [1000, 1000, 4000, 8000],
+            "high_ns": [2000, 2000, 8000, 16000],
+            "ops": [7, 100, 10, 1],
+        }
+    )
+    ax = plots.plot_stalls(stalls)
+    before, during = ax.get_lines()
+    assert np.asarray(before.get_ydata()).tolist() == [7]
+    assert np.asarray(during.get_xdata()).tolist() == [1, 4, 8]
+    assert np.asarray(during.get_ydata()).tolist() == [222, 22, 2]
+    assert ax.get_legend_handles_labels()[1] == ["before", "live"]
+
+
+def test_lost_work_is_set_against_a_guest_that_stood_still(make_synthetic_set: MakeSet) -> None:
+    ax = plots.plot_lost_work(tables.df_runs(make_synthetic_set(repeats=3)))
+    *points, line = ax.get_lines()
+    assert np.asarray(line.get_xdata()).tolist() == np.asarray(line.get_ydata()).tolist()
+    assert sum(len(np.asarray(one.get_xdata())) for one in points) == 3 * len(points)
+
+
+def test_boots_of_one_method_have_a_colour_each(make_synthetic_set: MakeSet) -> None:
+    made = make_synthetic_set(repeats=3)
+    ax = figures.slowdown_boots_figure(made, "background")
+    labelled = {line.get_label(): line.get_color() for line in ax.get_lines()}
+    colours = [labelled[name] for name in ("background", "background (2)", "background (3)")]
+    assert len(set(colours)) == 3

@@ -1,13 +1,17 @@
 """What is written beside a measured set, and what the command lines say without measuring."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from lab import notebooks, run
 from lab.__main__ import main
-from lab.cli.reproduce import PROFILES, write_up
-from lab.scenario import METHODS
+from lab.cli.reproduce import MAIN_SET, PROFILES, _measured, write_up
+from lab.errors import HostError
+from lab.floor.plan import FloorPlan
+from lab.measure import Plan, plan_here, plan_of, slots
+from lab.scenario import METHODS, Machine, from_json, to_json
 
 MakeSet = Callable[..., run.RunSet]
 
@@ -27,9 +31,60 @@ async def test_report_notebooks_and_figures_are_made_from_the_set(
     assert len(run.load_set(made.path)) == len(made)
 
 
+@pytest.mark.notebook
+async def test_a_page_shows_every_figure_beside_the_recorded_one(
+    make_synthetic_set: MakeSet,
+) -> None:
+    made = make_synthetic_set(repeats=3)
+    await write_up(made, beside=True)
+    page = (made.path / "beside.html").read_text()
+    figures = list((made.path / "figures").glob("*.png"))
+    assert all(f"<b>{figure.stem}</b>" in page for figure in figures)
+    recorded = {path.name for path in (notebooks.NOTEBOOKS / "figures").glob("*.png")}
+    both = sum(figure.name in recorded for figure in figures)
+    assert page.count("<img") == len(figures) + both
+    assert page.count("no such figure") == len(figures) - both
+
+
+def test_every_set_a_notebook_shows_is_recorded_and_can_be_measured_again() -> None:
+    named = {n for path in notebooks.notebook_paths() for n in notebooks.sets_named(path).values()}
+    assert MAIN_SET in named
+    for name in named:
+        recorded = run.load_set(notebooks.NOTEBOOKS.parent / "data" / name)
+        if recorded.kind == "floor":
+            plan = {k: v for k, v in recorded.record.plan.items() if k not in ("kind", "methods")}
+            assert from_json(FloorPlan, plan).repeats == len(recorded.measured())
+        else:
+            assert len(slots(plan_of(recorded))) == len(recorded)
+
+
+async def test_what_is_measured_is_not_measured_again(
+    make_synthetic_set: MakeSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_synthetic_set()
+    found = await _measured(plan_of(made), made.path, "note")
+    assert [one.name for one in found] == [one.name for one in made]
+    assert f"already measured: {made.path}" in capsys.readouterr().out
+
+
+def test_kinds_of_ram_that_this_host_has_not_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def require(machine: Machine) -> None:
+        if machine.ram_kind == "hugetlb":
+            raise HostError("no huge pages", "reserve some")
+
+    monkeypatch.setattr("lab.ram.require_ram", require)
+    plan = Plan(methods=("live",), vary={"ram_kind": ("anon", "hugetlb"), "vcpus": (1, 2)})
+    made = run.create_set(tmp_path / "x", plan=to_json(plan), host={}, binaries={}, lab={})
+    assert plan_here(made).vary == {"ram_kind": ("anon",), "vcpus": (1, 2)}
+
+
 def test_quick_is_small_and_full_can_be_published() -> None:
     assert PROFILES["quick"].repeats == 3
     assert PROFILES["full"].repeats >= 6
+    assert PROFILES["full"].every_set
+    assert not PROFILES["quick"].every_set
     for profile in PROFILES.values():
         assert (profile.machine.ram_mib, profile.workload.wss_mib) == (1024, 256)
 

@@ -161,7 +161,7 @@ def test_report_is_one_file_that_refers_to_nothing_outside(
     path = Path(capsys.readouterr().out.strip())
     text = path.read_text(encoding="utf-8")
     assert path == made.path.with_name("synthetic.html")
-    assert text.count("data:image/png;base64,") == 4
+    assert text.count("data:image/png;base64,") == 6
     assert not re.search(r'(?:src|href)="(?!data:)', text)
     assert "<script" not in text
     for must in (*SUMMARY_FIELDS, "SYNTHETIC", "made up", "0.0.0", "002-migrate-to-file", "caveat"):

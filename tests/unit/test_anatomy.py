@@ -1,0 +1,191 @@
+"""Where an engine's time goes: stages of faults, phases, and the sums that the floor is."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+
+from lab import anatomy, figures, plots, run, tables
+from lab.errors import RunError
+from lab.floor.summary import df_floor_medians
+
+MakeSet = Callable[..., run.RunSet]
+DATA = Path(__file__).resolve().parents[2] / "data"
+
+
+@pytest.fixture(scope="module")
+def floor() -> run.RunSet:
+    return run.load_set(DATA / "floor")
+
+
+@pytest.fixture(autouse=True)
+def close_figures() -> object:
+    yield
+    plt.close("all")
+
+
+def test_the_stages_of_a_fault_add_up_to_its_latency(make_synthetic_set: MakeSet) -> None:
+    one = make_synthetic_set().measured("live-rfc")[0]
+    stages = anatomy.df_fault_stages([one])
+    assert set(stages["stage"]) == set(anatomy.STAGES)
+    faults = one.df_faults()
+    seen = faults[faults["released_ns"] > 0]
+    assert len(stages) == 3 * len(seen)
+    assert len(seen) < len(faults)  # what somebody else released has no stages
+    assert stages["us"].sum() == pytest.approx(seen["latency_ns"].sum() / 1e3)
+
+
+def test_a_fault_nobody_queued_has_no_such_stage(make_synthetic_set: MakeSet) -> None:
+    faults = make_synthetic_set().measured("live-rfc")[0].df_faults()
+    faults["taken_ns"] = 0
+
+    class Untaken:
+        name, case = "000-x", "x"
+
+        def has(self, table: str) -> bool:
+            return table == "faults"
+
+        def df_faults(self) -> pd.DataFrame:
+            return faults
+
+    stages = anatomy.df_fault_stages([Untaken()])  # type: ignore[list-item]
+    assert set(stages["stage"]) == {"saved", "released"}
+
+
+def test_quantiles_of_stages_are_medians_over_boots() -> None:
+    stages = pd.DataFrame(
+        {
+            "run": ["a"] * 3 + ["b"] * 3 + ["c"],
+            "method": "m",
+            "stage": "saved",
+            "us": [1.0, 2.0, 3.0, 10.0, 20.0, 30.0, 5.0],
+        }
+    )
+    (row,) = anatomy.df_stage_quantiles(stages).itertuples(index=False)
+    assert (row.n, row.faults) == (3, 7)
+    assert (row.p50_us, row.p99_us) == (5.0, 5.0)
+
+
+def test_without_faults_and_phases_tables_are_empty(make_synthetic_set: MakeSet) -> None:
+    runs = make_synthetic_set().measured("background")
+    stages = anatomy.df_fault_stages(runs)
+    assert stages.empty
+    assert anatomy.df_stage_quantiles(stages).empty
+    assert anatomy.df_phase_medians(runs).empty
+
+
+def test_phases_come_in_their_order(make_synthetic_set: MakeSet) -> None:
+    table = anatomy.df_phase_medians(make_synthetic_set().measured())
+    assert list(table.index)[:3] == ["setup", "stop", "device-state"]
+    assert list(table.index)[-1] == "sweep"
+    assert table.loc["setup", "live-rfc"] == pytest.approx(1.0)
+
+
+def test_the_floor_of_a_sweep_is_the_sum_of_what_is_in_it(floor: run.RunSet) -> None:
+    recorded = run.load_set(DATA / "engine-disk")
+    table = anatomy.df_against_floor(recorded, floor).set_index("step")
+    parts = table.iloc[:3]
+    for column in ("floor_low_ms", "floor_high_ms"):
+        whole = table.loc["sweep: all of these", column]
+        assert whole == pytest.approx(parts[column].sum())
+    assert parts["measured_ms"].isna().all()
+    assert (table["floor_low_ms"] <= table["floor_high_ms"]).all()
+    # By hand: 512 calls a GiB to release, and an image written in pieces of 2 MiB.
+    medians = df_floor_medians(floor)
+    release = medians[
+        (medians["label"] == "release 512 pages, busy") & (medians["ram_kind"] == "anon-thp")
+    ]
+    calls = 1024 / 2
+    assert table.loc["release all of RAM", "floor_high_ms"] == pytest.approx(
+        calls * release["median_us"].iloc[0] / 1e3
+    )
+    write = medians[(medians["label"] == "write 2 MiB, fresh") & (medians["target"] == "image-dir")]
+    image_mib = np.median([one.summary["image_bytes"] for one in recorded.measured("live")]) / 2**20
+    assert table.loc["write the image", "floor_high_ms"] == pytest.approx(
+        image_mib / 2 * write["median_us"].iloc[0] / 1e3
+    )
+
+
+def test_the_file_system_of_the_image_decides_which_floor_counts(floor: run.RunSet) -> None:
+    disk, tmpfs = (
+        anatomy.df_against_floor(run.load_set(DATA / name), floor).set_index("step")
+        for name in ("engine-disk", "engine-tmpfs")
+    )
+    assert set(disk["method"]) == {"live"}
+    step = "write the image"
+    assert float(disk["floor_high_ms"][step]) != float(tmpfs["floor_high_ms"][step])
+
+
+def test_an_engine_that_releases_page_by_page_has_a_floor_of_its_own(
+    make_synthetic_set: MakeSet, floor: run.RunSet
+) -> None:
+    table = anatomy.df_against_floor(make_synthetic_set(), floor)
+    assert set(table["method"]) == {"live-rfc"}
+    assert "copy what is in it" not in set(table["step"])
+    release = table[table["step"] == "release all of RAM"].iloc[0]
+    assert release["floor_high_ms"] > release["floor_low_ms"] > 0
+    readable = anatomy.df_against_floor_readable(table)
+    assert list(readable["step"]) == list(table["step"])
+    assert not readable.isna().any().any()
+
+
+def test_what_the_floor_does_not_have_is_unknown_and_not_zero(floor: run.RunSet) -> None:
+    prices = anatomy._Prices(df_floor_medians(floor))
+    assert math.isnan(prices.us("unprotect", "sweep", "call", ram_kind="silk"))
+
+
+def test_a_set_of_snapshots_is_no_floor(make_synthetic_set: MakeSet) -> None:
+    made = make_synthetic_set()
+    with pytest.raises(RunError, match="no floor"):
+        anatomy.df_against_floor(made, made)
+
+
+def test_the_figures_show_every_engine_that_says_something(make_synthetic_set: MakeSet) -> None:
+    made = make_synthetic_set(repeats=3)
+    ax = figures.phase_times_figure(made)
+    assert [label.get_text() for label in ax.get_yticklabels()][-1] == "sweep"
+    axes = figures.stages_figure(made)
+    assert [one.get_title() for one in axes] == list(anatomy.STAGES)
+    assert all(len(one.get_lines()) == 3 for one in axes)
+
+
+def varied_runs() -> pd.DataFrame:
+    rows = [
+        {
+            "case": f"live, chunk_kib={kib}",
+            "method": "live",
+            "outcome": "ok",
+            "warmup": False,
+            "chunk_kib": kib,
+            "lost_work_ms": float(kib + boot - 257),
+        }
+        for kib in (2048, 256, 512)
+        for boot in range(3)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_a_varied_parameter_is_drawn_in_its_order_and_what_has_no_place_is_said() -> None:
+    (ax,) = plots.plot_varied(varied_runs(), "chunk_kib", {"lost_work_ms": "lost work"})
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["256", "512", "2048"]
+    assert ax.get_title() == "lost work (2 not shown)"
+    line = ax.get_lines()[-1]
+    assert np.asarray(line.get_ydata()).tolist() == [1.0, 256.0, 1792.0]
+
+
+def test_only_what_a_set_varied_can_be_drawn(make_synthetic_set: MakeSet) -> None:
+    with pytest.raises(RunError, match="varied: nothing"):
+        figures.varied_figure(make_synthetic_set(), "chunk_kib", ["lost_work_ms"])
+
+
+def test_tables_of_a_set_that_varied_nothing_have_no_more_columns(
+    make_synthetic_set: MakeSet,
+) -> None:
+    made = make_synthetic_set()
+    frame = tables.df_runs(made)
+    assert list(frame["case"]) == list(frame["method"])
+    assert "chunk_kib" not in frame
