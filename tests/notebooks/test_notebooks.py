@@ -50,13 +50,16 @@ async def test_it_runs_from_any_run_set_without_qemu(
     folder.mkdir()
     source = Path(shutil.copy(path, folder))
     target = tmp_path / path.name
-    await notebooks.execute(source, target, {"DATA": str(made.path)}, timeout_s=60)
+    # The copy has no data beside it: what it shows besides has to be named.
+    sets = {name: str(ROOT / "data" / value) for name, value in notebooks.sets_named(path).items()}
+    sets["DATA"] = str(made.path)
+    await notebooks.execute(source, target, sets, timeout_s=60)
     # Neither a kernel's sockets nor anything else is left beside it.
     assert list(folder.iterdir()) == [source]
     assert len(notebooks.save_figures(target, tmp_path / "figures")) >= 3
     # Run again it is the same file: a change in a committed notebook is a change in its content.
     again = tmp_path / "again.ipynb"
-    await notebooks.execute(path, again, {"DATA": str(made.path)}, timeout_s=60)
+    await notebooks.execute(path, again, sets, timeout_s=60)
     assert again.read_bytes() == target.read_bytes()
 
 
