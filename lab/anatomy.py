@@ -13,6 +13,7 @@ import pandas as pd
 
 from lab.floor.summary import df_floor_medians
 from lab.run import Run, RunSet
+from lab.scenario import recorded_dimension
 from lab.stats import median, quantile, quantile_interval
 from lab.summary import shown
 from lab.tables import df_phases_by_method
@@ -103,13 +104,25 @@ class _Steps:
     fault_pages: int
 
 
-# lab/qemu/: `inline` and `rfc` release page by page; `copy` releases a chunk, and around a fault of
-# a dense writer 64 pages.
-_ENGINES = {
-    "inline": _Steps(sweep_pages=1, fault_pages=1),
-    "rfc": _Steps(sweep_pages=1, fault_pages=1),
-}
-_ENGINES["copy"] = _Steps(sweep_pages=512, fault_pages=64)
+_PAGE_BY_PAGE = _Steps(sweep_pages=1, fault_pages=1)
+_DENSE_PAGES = 64
+"""What the engine `copy` takes along with a fault of a guest that writes densely."""
+
+
+def _steps_of(one: Run) -> _Steps | None:
+    """Return how the engine of a run goes about it; None for a run with no such engine."""
+    engine = one.summary.get("engine")
+    if engine in ("inline", "rfc"):
+        return _PAGE_BY_PAGE
+    if engine != "copy":
+        return None
+    scenario = one.record.scenario
+    chunk_kib, around = (
+        int(recorded_dimension(scenario, name)) for name in ("chunk_kib", "fault_around_pages")
+    )
+    return _Steps(
+        sweep_pages=chunk_kib * _PAGES_PER_MIB // 1024, fault_pages=around or _DENSE_PAGES
+    )
 
 
 def df_against_floor(run_set: RunSet, floor: RunSet) -> pd.DataFrame:
@@ -123,7 +136,8 @@ def df_against_floor(run_set: RunSet, floor: RunSet) -> pd.DataFrame:
 
     The floor of a step is its median in `floor` for anonymous memory, times how much the snapshot
     did of it: pages released of all RAM, bytes written and copied of the image.  The steps of a
-    sweep are done one after the other by one thread, so their sum is its floor.
+    sweep are done one after the other by one thread, so their sum is its floor.  NaN where `floor`
+    has not timed calls of the engine's size.
 
     :raise RunError: when `floor` is none.
     """
@@ -131,7 +145,7 @@ def df_against_floor(run_set: RunSet, floor: RunSet) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for case in run_set.cases:
         runs = [one for one in run_set.measured(case) if one.has("phases")]
-        steps = _ENGINES.get(str(runs[0].summary.get("engine"))) if runs else None
+        steps = _steps_of(runs[0]) if runs else None
         if steps is not None:
             rows += [{"method": case, **row} for row in _rows(runs, steps, prices)]
     names = ("floor_low_ms", "floor_high_ms", "measured_ms", "measured_low_ms", "measured_high_ms")
@@ -140,13 +154,13 @@ def df_against_floor(run_set: RunSet, floor: RunSet) -> pd.DataFrame:
 
 def df_floor_steps(floor: RunSet) -> pd.DataFrame:
     """The rows of `df_floor_medians` for one call of each step that `df_against_floor` counts:
-    releasing so many pages, copying, writing.
+    releasing up to a huge page, copying, writing.
 
     :raise RunError: when `floor` is none.
     """
     medians = df_floor_medians(floor)
     release = (medians["benchmark"] == "unprotect") & (medians["ram_kind"] == "anon-thp")
-    release &= medians["pages"] <= max(steps.sweep_pages for steps in _ENGINES.values())
+    release &= medians["pages"] <= 2 * _PAGES_PER_MIB
     copy = (medians["benchmark"] == "copy") & (medians["ram_kind"] == "anon-thp")
     write = (medians["stage"] == "write") & (medians["variant"] == "fresh")
     return medians[release | copy | write].reset_index(drop=True)

@@ -92,13 +92,17 @@ async def _reproduce(args: argparse.Namespace) -> int:
 
 
 async def _measured(plan: "Plan", out: Path, note: str) -> "RunSet":
-    """Measure a plan into `out`, or go on with it; what is complete is left as it is."""
+    """Measure a plan into `out`, or go on with it; what is complete is left as it is.
+
+    Raises RunError when `out` holds another plan's runs.
+    """
     from lab.cli.measure import run_campaign
+    from lab.measure import plan_of
     from lab.run import load_set
 
     if (out / "set.json").exists():
         found = load_set(out)
-        if found.complete:
+        if found.complete and plan_of(found) == plan:
             print(f"already measured: {out}")
             return found
     return await run_campaign(plan, out, note=note)

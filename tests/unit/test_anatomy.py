@@ -39,21 +39,19 @@ def test_the_stages_of_a_fault_add_up_to_its_latency(make_synthetic_set: MakeSet
     assert stages["us"].sum() == pytest.approx(seen["latency_ns"].sum() / 1e3)
 
 
-def test_a_fault_nobody_queued_has_no_such_stage(make_synthetic_set: MakeSet) -> None:
-    faults = make_synthetic_set().measured("live-rfc")[0].df_faults()
-    faults["taken_ns"] = 0
-
-    class Untaken:
-        name, case = "000-x", "x"
-
-        def has(self, table: str) -> bool:
-            return table == "faults"
-
-        def df_faults(self) -> pd.DataFrame:
-            return faults
-
-    stages = anatomy.df_fault_stages([Untaken()])  # type: ignore[list-item]
+def test_a_fault_nobody_queued_has_no_such_stage() -> None:
+    """The engine `copy` serves a fault in the thread that reads it."""
+    stages = anatomy.df_fault_stages(run.load_set(DATA / "engine-disk").measured("live"))
     assert set(stages["stage"]) == {"saved", "released"}
+
+
+def test_sizes_that_a_set_gave_the_engine_are_those_of_its_floor(floor: run.RunSet) -> None:
+    table = anatomy.df_against_floor(run.load_set(DATA / "engine-chunk"), floor)
+    release = table[table["step"] == "release all of RAM"].set_index("method")["floor_high_ms"]
+    larger, default = (release[f"live, chunk_kib={kib}"] for kib in (8192, 2048))
+    assert larger < default
+    # 128 pages is a size that the floor has not timed.
+    assert math.isnan(float(release["live, chunk_kib=512"]))
 
 
 def test_quantiles_of_stages_are_medians_over_boots() -> None:

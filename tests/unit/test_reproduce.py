@@ -1,5 +1,6 @@
 """What is written beside a measured set, and what the command lines say without measuring."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from lab import notebooks, run
 from lab.__main__ import main
 from lab.cli.reproduce import MAIN_SET, PROFILES, _measured, write_up
-from lab.errors import HostError
+from lab.errors import HostError, RunError
 from lab.floor.plan import FloorPlan
 from lab.measure import Plan, plan_here, plan_of, slots
 from lab.scenario import METHODS, Machine, from_json, to_json
@@ -65,6 +66,9 @@ async def test_what_is_measured_is_not_measured_again(
     found = await _measured(plan_of(made), made.path, "note")
     assert [one.name for one in found] == [one.name for one in made]
     assert f"already measured: {made.path}" in capsys.readouterr().out
+    other = dataclasses.replace(plan_of(made), repeats=7)
+    with pytest.raises((RunError, HostError)):
+        await _measured(other, made.path, "note")
 
 
 def test_kinds_of_ram_that_this_host_has_not_are_left_out(
