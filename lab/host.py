@@ -298,10 +298,10 @@ class StrayQemu:
 
 
 def is_lab_command(command: Sequence[str]) -> str:
-    """The ``-name`` of a QEMU the lab started, empty for any other command."""
+    """The name of a QEMU the lab started, empty for any other command."""
     for option, value in itertools.pairwise(command):
         if option == "-name" and _MARKER.match(value):
-            return value
+            return value.split(",")[0]
     return ""
 
 

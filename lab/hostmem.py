@@ -118,6 +118,19 @@ def residency(pid: int, address: int, length: int) -> Residency:
         return parse_residency(lines, address, length)
 
 
+def process_residency(pid: int, proc: Path = Path("/proc")) -> Residency:
+    """Return what is mapped of all memory of process `pid`.
+
+    The kernel walks all its page tables, and page faults of the process may have to wait for that.
+
+    :param proc: where procfs is.
+    :raise OSError: when the process is gone or may not be looked at, or the kernel is older than
+        Linux 4.14.
+    """
+    with (proc / str(pid) / "smaps_rollup").open() as lines:
+        return parse_residency(lines, 0, 1 << 64)
+
+
 _MAPPING = re.compile(r"([0-9a-f]+)-[0-9a-f]+ ")
 # Reserved huge pages are not counted in Rss.
 _FIELDS: dict[str, tuple[str, ...]] = {

@@ -28,6 +28,7 @@ from lab import run
 from lab.errors import HostError, LabError, RunError, UsageError
 from lab.sample import Sample, take_sample
 from lab.scenario import (
+    Instruments,
     Machine,
     Scenario,
     Variant,
@@ -58,15 +59,17 @@ class Case:
 class Plan:
     """What to measure: every method with every combination of the values in `vary`.
 
-    `vary` names parameters of `Machine` and `Workload` as tables do, with the values to measure
-    instead of the one in `machine` or `workload`.  `seed` fixes the order of cases inside the
-    rounds.  `warmups` rounds come first and are marked: they are recorded but never counted.
-    `verify` adds an untimed snapshot to every boot, restores it and compares every byte of RAM.
+    `vary` names parameters of `Machine`, `Workload` and `Instruments` as tables do, with the values
+    to measure instead of the one in `machine`, `workload` or `instruments`.  `seed` fixes the order
+    of cases inside the rounds.  `warmups` rounds come first and are marked: they are recorded but
+    never counted.  `verify` adds an untimed snapshot to every boot, restores it and compares every
+    byte of RAM.
     """
 
     methods: tuple[str, ...]
     machine: Machine = field(default_factory=Machine)
     workload: Workload = field(default_factory=Workload)
+    instruments: Instruments = field(default_factory=Instruments)
     repeats: int = 5
     warmups: int = 0
     seed: int = 1
@@ -101,8 +104,12 @@ class Plan:
             names = sorted(self.vary)
             for combination in itertools.product(*(self.vary[key] for key in names)):
                 values = dict(zip(names, combination, strict=True))
-                machine, workload = replace_dimensions(self.machine, self.workload, values)
-                scenario = Scenario(machine=machine, workload=workload, method=name)
+                machine, workload, instruments = replace_dimensions(
+                    self.machine, self.workload, self.instruments, values
+                )
+                scenario = Scenario(
+                    machine=machine, workload=workload, method=name, instruments=instruments
+                )
                 found.append(Case(name=case_name(name, values), scenario=scenario))
         return found
 
@@ -426,6 +433,7 @@ def describe(plan: Plan) -> Sequence[str]:
     """The plan as lines for `--dry-run`."""
     machine, workload = plan.machine, plan.workload
     planned = slots(plan)
+    left_out = [name for name, on in to_json(plan.instruments).items() if not on]
     head = "; ".join(
         [
             f"{len(planned)} runs: {plan.repeats} x {len(plan.cases())} "
@@ -433,6 +441,7 @@ def describe(plan: Plan) -> Sequence[str]:
             + (f" after {plan.warmups} warm-up rounds" if plan.warmups else ""),
             f"{machine.ram_mib} MiB RAM, {machine.vcpus} vCPU, {machine.accel}",
             f"{workload.kind} {workload.wss_mib} MiB",
+            *(f"not {name}" for name in left_out if name not in plan.vary),
             *(f"{key} varied" for key in sorted(plan.vary)),
             f"about {estimate_text(TYPICAL_RUN_S * len(planned))}",
         ]

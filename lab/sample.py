@@ -24,7 +24,9 @@ import psutil
 
 from lab.errors import LabError
 from lab.host import available_memory_mib, require_disk
+from lab.instruments.hostmemory import df_host_memory, memory_summary, read_host_memory
 from lab.instruments.phases import buffer_summary
+from lab.instruments.threads import thread_summary
 from lab.instruments.writelatency import stall_summary
 from lab.run import Marks, Outcome
 from lab.scenario import Scenario
@@ -225,20 +227,36 @@ async def take_sample(
 
 
 async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
-    from lab.snapshot import take
+    from lab.snapshot import WINDOWS, take
 
     warnings = []
-    async with vm.sampling() as sampler:
+    instruments = scenario.instruments
+    async with contextlib.AsyncExitStack() as stack:
+        sampler = await stack.enter_async_context(vm.sampling())
+        threads = None
+        if instruments.time_threads:
+            threads = await stack.enter_async_context(vm.timing_threads())
         unsettled = await _settle(sampler)
         if unsettled:
             warnings.append(unsettled)
+        memory = read_host_memory(vm.pid) if instruments.read_host_memory else None
         latency = await vm.write_latency() if scenario.workload.time_writes else None
         with no_garbage_collection():
             async with warm_host_memory(scenario.machine.ram_mib):
                 if latency is not None:
                     latency.read()
+                if threads is not None:
+                    threads.read()
                 await asyncio.sleep(BASELINE_NS / NS_PER_S + BASELINE_MARGIN_S)
-            snapshot = await take(vm, image, scenario.method, sampler=sampler, latency=latency)
+            snapshot = await take(
+                vm,
+                image,
+                scenario.method,
+                fault_log=instruments.log_faults,
+                sampler=sampler,
+                latency=latency,
+                threads=threads,
+            )
             await _tail(sampler, snapshot.request_ns, snapshot.end_ns)
         progress = sampler.df()
     first = snapshot.request_ns - BASELINE_NS - round(BASELINE_MARGIN_S / 2 * NS_PER_S)
@@ -251,6 +269,13 @@ async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
         tables["phases"] = phases
     if snapshot.write_latency is not None:
         tables["write_latency"] = snapshot.write_latency
+    thread_times = None if threads is None else threads.df(WINDOWS)
+    if thread_times is not None:
+        tables["threads"] = thread_times
+    elif threads is not None:
+        warnings.append("the times of QEMU's threads are unknown: the kernel does not count them")
+    if memory is not None:
+        tables["host_memory"] = df_host_memory(memory, read_host_memory(vm.pid))
     log_ = snapshot.fault_log
     if log_ is not None:
         tables["faults"] = log_.df
@@ -270,6 +295,7 @@ async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
     }
     figures |= fault_summary(None if log_ is None else log_.df)
     figures |= buffer_summary(snapshot.counters) | stall_summary(snapshot.write_latency)
+    figures |= thread_summary(thread_times) | memory_summary(tables.get("host_memory"))
     return Sample(
         outcome="ok",
         figures=figures,

@@ -1,4 +1,5 @@
-"""What is measured: the machine, the workload in it and the method that takes the snapshot.
+"""What is measured: the machine, the workload in it, the method that takes the snapshot, and the
+instruments that watch it.
 
 Each class below is the only place where its parameters are spelled.  The command line's flags
 (`add_arguments`, `from_arguments`), the JSON of run files and sidecars (`to_json`, `from_json`)
@@ -7,7 +8,8 @@ can not exist in one of them and be missing in another.
 
 A field's metadata holds `help` (its command line help) and, where the bare name would be
 ambiguous in a table or on a command line, `dimension`: `Workload.kind` is the dimension
-`workload` and the flag `--workload`.
+`workload` and the flag `--workload`.  `earlier` is what was the case before there was the field,
+where that is not its default: a recording that does not name it is read so.
 """
 
 import argparse
@@ -228,6 +230,36 @@ class Workload:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Instruments:
+    """What watches a measured snapshot, besides the guest's progress, which is always sampled
+    because cost is computed from it.
+
+    Each can be left out, to see what it costs itself.  What an instrument that is left out would
+    have found is unknown.  A guest that times its operations is another workload
+    (`Workload.time_writes`).
+    """
+
+    log_faults: bool = field(
+        default=True, metadata={"help": "log every write fault, where QEMU can; on by default"}
+    )
+    time_threads: bool = field(
+        default=True,
+        metadata={"help": "record the CPU time of QEMU's threads; on by default", "earlier": False},
+    )
+    read_host_memory: bool = field(
+        default=True,
+        metadata={
+            "help": "record what is left behind in the host's memory; on by default",
+            "earlier": False,
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _require_bool(f.name, getattr(self, f.name))
+
+
 MAPPED_RAM = "mapped-ram"
 """The capability that changes the image's format, and so is needed to restore it as well."""
 
@@ -359,7 +391,7 @@ def method(name: str) -> Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """One thing to measure: a machine, its workload and the method, by name.
+    """One thing to measure: a machine, its workload, the method, by name, and what watches it.
 
     Raises `UsageError` when they can not go together.
     """
@@ -367,6 +399,7 @@ class Scenario:
     machine: Machine = field(default_factory=Machine)
     workload: Workload = field(default_factory=Workload)
     method: str = "live"
+    instruments: Instruments = field(default_factory=Instruments)
 
     def __post_init__(self) -> None:
         method(self.method)
@@ -406,7 +439,7 @@ def _destination(f: "dataclasses.Field[Any]") -> str:
 
 
 def add_arguments(parser: argparse._ActionsContainer, cls: "type[DataclassInstance]") -> None:
-    """Add one flag to `parser` for each field of `cls` (`Machine` or `Workload`)."""
+    """Add one flag to `parser` for each field of `cls`: `Machine`, `Workload` or `Instruments`."""
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         hint, help_text = hints[f.name], f.metadata.get("help", "")
@@ -444,8 +477,8 @@ def from_arguments(cls: type[_T], namespace: argparse.Namespace) -> _T:
 def dimensions(value: "DataclassInstance") -> dict[str, Any]:
     """Return the parameters of `value` as one flat dictionary of table columns.
 
-    A scenario gives its machine's and its workload's parameters, `method`, `engine` and
-    `variant` together.
+    A scenario gives the parameters of its machine, workload and instruments, `method`, `engine`
+    and `variant` together.
     """
     flat: dict[str, Any] = {}
     for f in dataclasses.fields(value):
@@ -460,8 +493,9 @@ def dimensions(value: "DataclassInstance") -> dict[str, Any]:
 
 
 def parse_dimension(name: str, text: str) -> Any:
-    """Return the value that `text` means for the parameter of a machine or a workload called
-    `name`, with dashes or underscores, as a flag of the command line would have it.
+    """Return the value that `text` means for the parameter of a machine, a workload or the
+    instruments called `name`, with dashes or underscores, as a flag of the command line would have
+    it.
 
     :raise UsageError: there is no such parameter, or `text` is no value of its type.
     """
@@ -480,27 +514,36 @@ def parse_dimension(name: str, text: str) -> Any:
         raise UsageError(f"{name} is {text!r}", "give a whole number") from None
 
 
+# The parts of a scenario that have parameters, and what its JSON calls them.
+_PARTS: Mapping[type[Any], str] = {
+    Machine: "machine",
+    Workload: "workload",
+    Instruments: "instruments",
+}
+
+
 def replace_dimensions(
-    machine: Machine, workload: Workload, changes: Mapping[str, Any]
-) -> tuple[Machine, Workload]:
-    """Return both with the parameters in `changes` replaced, which are named as in tables.
+    machine: Machine, workload: Workload, instruments: Instruments, changes: Mapping[str, Any]
+) -> tuple[Machine, Workload, Instruments]:
+    """Return all with the parameters in `changes` replaced, which are named as in tables.
 
     :raise UsageError: there is no such parameter, or a value that can not work.
     """
-    of: dict[type[Any], dict[str, Any]] = {Machine: {}, Workload: {}}
+    of: dict[type[Any], dict[str, Any]] = {cls: {} for cls in _PARTS}
     for name, value in changes.items():
         cls, f = _parameter(name)
         of[cls][f.name] = value
     return (
         dataclasses.replace(machine, **of[Machine]),
         dataclasses.replace(workload, **of[Workload]),
+        dataclasses.replace(instruments, **of[Instruments]),
     )
 
 
 def _parameter(name: str) -> "tuple[type[Any], dataclasses.Field[Any]]":
     known = {
         _destination(f): (cls, f)
-        for cls in (Machine, Workload)
+        for cls in _PARTS
         for f in dataclasses.fields(cls)
         if f.name != "extra_args"
     }
@@ -511,13 +554,12 @@ def _parameter(name: str) -> "tuple[type[Any], dataclasses.Field[Any]]":
 
 
 def recorded_dimension(scenario: Mapping[str, Any], name: str) -> Any:
-    """Return the parameter called `name` of a scenario's JSON; its default when it is not there.
+    """Return the parameter called `name` of a scenario's JSON; when it is not there, what it was.
 
     A recording of an older version of the lab does not name what did not exist then.
     """
     cls, f = _parameter(name)
-    part = scenario.get("machine" if cls is Machine else "workload", {})
-    return part.get(f.name, f.default)
+    return scenario.get(_PARTS[cls], {}).get(f.name, f.metadata.get("earlier", f.default))
 
 
 def case_name(method: str, values: Mapping[str, Any]) -> str:
@@ -532,7 +574,8 @@ def _shown(value: Any) -> str:
 
 def to_json(value: "DataclassInstance") -> dict[str, Any]:
     """Return `value` as what JSON can hold."""
-    result: dict[str, Any] = msgspec.to_builtins(value)
+    # Not `value` itself: of a field that `from_json` left at its default nothing would be written.
+    result: dict[str, Any] = msgspec.to_builtins(dataclasses.asdict(value))
     return result
 
 
@@ -540,16 +583,31 @@ def from_json(cls: type[_T], data: object) -> _T:
     """Build a `cls` from parsed JSON.
 
     Types are not coerced, and a key that no field has is an error, so that a file of a newer
-    version is never read in part.  Raises `UsageError`.
+    version is never read in part.  What did not exist when it was written is as it was then.
+    Raises `UsageError`.
     """
     _reject_unknown_keys(cls, data, "$")
     try:
-        return msgspec.convert(data, cls)
+        return msgspec.convert(_with_earlier(cls, data), cls)
     except msgspec.ValidationError as err:
         # A UsageError of __post_init__ arrives as the cause, already in one line.
         if isinstance(err.__cause__, UsageError):
             raise err.__cause__ from None
         raise UsageError(f"not a {cls.__name__.lower()}: {err}", "check the file") from err
+
+
+def _with_earlier(cls: "type[DataclassInstance]", data: object) -> object:
+    if not isinstance(data, dict):
+        return data
+    hints = typing.get_type_hints(cls)
+    filled = dict(data)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            if part := _with_earlier(hints[f.name], data.get(f.name, {})):
+                filled[f.name] = part
+        elif "earlier" in f.metadata:
+            filled.setdefault(f.name, f.metadata["earlier"])
+    return filled
 
 
 def _reject_unknown_keys(cls: "type[DataclassInstance]", data: object, where: str) -> None:

@@ -41,6 +41,7 @@ from lab.host import require_uffd
 from lab.instruments.faultlog import FaultLog, read_fault_log
 from lab.instruments.phases import buffer_summary, counters, df_phases
 from lab.instruments.progress import ProgressSampler
+from lab.instruments.threads import ThreadTimes
 from lab.instruments.writelatency import WriteLatency, stall_summary
 from lab.qemu.build import QemuBinary
 from lab.qmp import Event
@@ -75,7 +76,8 @@ _CLEARED = dict.fromkeys(
     ("background-snapshot", "mapped-ram", "multifd", "pause-before-switchover"), False
 )
 
-LATENCY_WINDOWS = ("before", "during")
+WINDOWS = ("before", "during")
+"""What lies between the readings of an instrument: until the request, until completion."""
 
 Hold = Callable[[], Awaitable[None]]
 
@@ -229,6 +231,7 @@ async def take(
     after_s: float = 1.0,
     sampler: ProgressSampler | None = None,
     latency: WriteLatency | None = None,
+    threads: ThreadTimes | None = None,
     hold: Hold | None = None,
 ) -> Snapshot:
     """Take a snapshot of `vm`; `VM.snapshot` says more.
@@ -237,6 +240,8 @@ async def take(
         and after.
     :param latency: a reader of a guest that times its operations, with one reading at the
         beginning of what is to be compared with; by default one that begins now.
+    :param threads: a reader of the times of QEMU's threads, likewise.  After an ordinary migration
+        it is read when the guest goes on, so as not to make the pause longer.
     :param hold: called at the instant that the image shows, while the guest is stopped there.
         On the patched QEMU's live methods that is the engine's pre-switchover hold; for ordinary
         migration, completion.  The unpatched `background` can not be held: the guest is stopped
@@ -261,7 +266,15 @@ async def take(
                 await asyncio.sleep(before_s)
             else:
                 after_s = 0.0
-            attempt = _Attempt(vm, how, partial, hold=hold, log_faults=fault_log, latency=latency)
+            attempt = _Attempt(
+                vm,
+                how,
+                partial,
+                hold=hold,
+                log_faults=fault_log,
+                latency=latency,
+                threads=threads,
+            )
             await attempt.run()
             size = _publish(vm, how, attempt.ready_at_pause(), partial, image)
             await asyncio.sleep(after_s)
@@ -284,12 +297,14 @@ class _Attempt:
         hold: Hold | None,
         log_faults: bool,
         latency: WriteLatency | None,
+        threads: ThreadTimes | None,
     ) -> None:
         self.vm = vm
         self.how = how
         self.partial = partial
         self.hold = hold
         self.latency = latency
+        self.threads = threads
         self.patched_engine = how.mechanism == "background" and vm.binary.variant == "patched"
         self.fault_log_path = (
             vm.process.workdir / "faults.bin" if log_faults and self.patched_engine else None
@@ -315,6 +330,7 @@ class _Attempt:
             await self._prepare()
             self.since = len(vm.qmp.events)
             self._read_latency()
+            self._read_threads()
             self.ready_at_request = vm.ready if vm.is_ready else None
             self.request_ns = time.monotonic_ns()
             if self.how.mechanism == "stopped":
@@ -330,6 +346,7 @@ class _Attempt:
                     await self.hold()
                 if self.was_running:
                     await self._continue()
+            self._read_threads()
             await self._settle()
             self.migration = await vm.execute("query-migrate")
             self.clock_offset_ns = time.clock_gettime_ns(time.CLOCK_REALTIME) - time.monotonic_ns()
@@ -346,6 +363,10 @@ class _Attempt:
     def _read_latency(self) -> None:
         if self.latency is not None:
             self.latency.read()
+
+    def _read_threads(self) -> None:
+        if self.threads is not None:
+            self.threads.read()
 
     @property
     def _is_held_before(self) -> bool:
@@ -544,7 +565,7 @@ class _Attempt:
             end_ns=self.completed.time_us * 1000 - self.clock_offset_ns,
             image_bytes=size,
             counters=counters(self.migration),
-            write_latency=None if self.latency is None else self.latency.df(LATENCY_WINDOWS),
+            write_latency=None if self.latency is None else self.latency.df(WINDOWS),
             migration=self.migration,
             fault_log=self.fault_log,
             sampler=sampler,

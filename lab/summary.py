@@ -11,7 +11,7 @@ import pandas as pd
 
 from lab.errors import RunError
 from lab.run import Run, RunSet
-from lab.scenario import Machine, to_json
+from lab.scenario import Instruments, Machine, dimensions, recorded_dimension, to_json
 from lab.stats import Comparison, check_stability, compare, median, quantile_interval
 from lab.tables import DIMENSIONS, METRICS, SUMMARY_FIELDS, Slowdown, df_runs, varying
 
@@ -50,6 +50,12 @@ _HEADINGS = {
     "stall_p99_us": "stall p99 us",
     "stall_p999_us": "stall p99.9 us",
     "stall_max_us": "stall max us",
+    "qemu_cpu_ms": "QEMU CPU ms",
+    "vcpu_wait_ms": "vCPU wait ms",
+    "rss_growth_mib": "RSS growth MiB",
+    "thp_lost_mib": "THP lost MiB",
+    "thp_splits": "THP splits",
+    "page_cache_growth_mib": "page cache growth MiB",
 }
 # A guest whose rate takes longer to come back after completion is not slow to recover: either the
 # baseline was measured in a fast second, or the host was busy.  Lost work counts that time.
@@ -212,9 +218,11 @@ class Side:
         """Parameters, build and host."""
         first = self.runs[0]
         # A run of an older version of the lab does not name what did not exist then.
-        machine: dict[str, Any] = to_json(Machine()) | first.record.scenario.get("machine", {})
+        scenario = first.record.scenario
+        machine: dict[str, Any] = to_json(Machine()) | scenario.get("machine", {})
         return (
             machine
+            | {name: recorded_dimension(scenario, name) for name in dimensions(Instruments())}
             | {name: first.summary.get(name) for name in DIMENSIONS}
             | {
                 "build": first.build,

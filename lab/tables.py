@@ -95,6 +95,38 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "high_ns": Column("ns", "duration from which on it is counted in the next bucket"),
         "ops": Column("1", "operations that took so long, summed over the guest's writers"),
     },
+    "threads": {
+        "window": Column(
+            "",
+            "`before`: from a second before the request; `during`: request until completion, of an "
+            "ordinary migration until the guest runs on",
+        ),
+        "thread": Column(
+            "",
+            "`vCPU` and its index, `main loop`, `snapshot thread`, `fault thread`, QEMU's own name "
+            "of any other; `ended`: all threads that ended, after the last look at each",
+        ),
+        "tid": Column("", "the host's id of the thread; NA for `ended`"),
+        "cpu_ns": Column("ns", "CPU time"),
+        "wait_ns": Column("ns", "how long it could have run and waited for a CPU; NA for `ended`"),
+        "window_ns": Column("ns", "length of the window"),
+    },
+    "host_memory": {
+        "reading": Column(
+            "", "`before`: before the baseline; `after`: after progress was recorded to its end"
+        ),
+        "t_ns": Column("ns", "CLOCK_MONOTONIC at its beginning"),
+        "resident_bytes": Column("B", "memory that is mapped in the QEMU process"),
+        "huge_bytes": Column(
+            "B", "how much of it is transparent huge pages that are mapped as such"
+        ),
+        "thp_split_pmd": Column(
+            "1", "how often the mapping of a huge page was split, on the host since it booted"
+        ),
+        "thp_split_page": Column("1", "how often a huge page itself was split, likewise"),
+        "page_cache_bytes": Column("B", "the host's page cache, with tmpfs and shared memory"),
+        "dirty_bytes": Column("B", "what of it has yet to be written"),
+    },
     "phases": {
         "phase": Column("", "name of the phase, by the engine"),
         "start_ns": Column("ns", "CLOCK_MONOTONIC at its start"),
@@ -177,6 +209,28 @@ SUMMARY_FIELDS: dict[str, Column] = {
     "stall_p99_us": Column("us", "99 % quantile of the same"),
     "stall_p999_us": Column("us", "99.9 % quantile of the same"),
     "stall_max_us": Column("us", "longest of the same"),
+    "qemu_cpu_ms": Column(
+        "ms",
+        "CPU time of QEMU's threads other than vCPUs, in the window `during` of the threads; null "
+        "when nobody looked at them",
+    ),
+    "vcpu_wait_ms": Column(
+        "ms",
+        "how long vCPUs could have run and waited for a CPU of the host meanwhile, summed over "
+        "vCPUs; null likewise",
+    ),
+    "rss_growth_mib": Column(
+        "MiB",
+        "memory mapped in the QEMU process, after against before; null when nobody read it, like "
+        "the next three",
+    ),
+    "thp_lost_mib": Column("MiB", "transparent huge pages mapped in it, before against after"),
+    "thp_splits": Column(
+        "1", "mappings of huge pages that were split between the readings, on the whole host"
+    ),
+    "page_cache_growth_mib": Column(
+        "MiB", "the host's page cache with tmpfs and shared memory, after against before"
+    ),
     "verified": Column(
         "",
         "byte equality of every RAM block with the pause instant, in an untimed snapshot of "
@@ -221,6 +275,12 @@ METRICS = (
     "stall_p99_us",
     "stall_p999_us",
     "stall_max_us",
+    "qemu_cpu_ms",
+    "vcpu_wait_ms",
+    "rss_growth_mib",
+    "thp_lost_mib",
+    "thp_splits",
+    "page_cache_growth_mib",
 )
 
 Ns = npt.NDArray[np.int64]

@@ -43,6 +43,7 @@ from lab.workdir import private_folder
 
 if TYPE_CHECKING:
     from lab.instruments.progress import ProgressSampler
+    from lab.instruments.threads import ThreadTimes
     from lab.instruments.writelatency import WriteLatency
     from lab.snapshot import Snapshot
 
@@ -289,6 +290,14 @@ class VM:
         address = await self.host_address(self.ready.progress_gpa)
         with ProgressSampler(self.pid, address, threads=self.ready.threads) as sampler:
             yield sampler
+
+    @contextlib.asynccontextmanager
+    async def timing_threads(self) -> AsyncIterator["ThreadTimes"]:
+        """Look at the times of QEMU's threads while the context lasts."""
+        from lab.instruments.threads import ThreadTimes  # pandas is slow to import
+
+        with ThreadTimes(self.pid, await self.vcpu_threads()) as times:
+            yield times
 
     async def write_latency(self) -> "WriteLatency":
         """Return the reader of how long the guest's operations take.

@@ -15,6 +15,7 @@ from lab.errors import HostError, UsageError
 from lab.progress import ProgressLine
 from lab.scenario import (
     METHODS,
+    Instruments,
     Machine,
     Workload,
     add_arguments,
@@ -63,6 +64,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add_arguments(parser, Machine)
     add_arguments(parser, Workload)
+    add_arguments(parser, Instruments)
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -97,6 +99,7 @@ async def _measure(args: argparse.Namespace) -> int:
         methods=tuple(dict.fromkeys(args.methods or METHODS)),
         machine=from_arguments(Machine, args),
         workload=from_arguments(Workload, args),
+        instruments=from_arguments(Instruments, args),
         repeats=args.repeats,
         warmups=args.warmups,
         seed=args.seed,

@@ -55,6 +55,7 @@ def test_kernel_releases_are_understood(release: str, version: tuple[int, int]) 
     [
         (["qemu", "-name", "lab-0a1b2c3d-1111-2222", "-m", "1G"], "lab-0a1b2c3d-1111-2222"),
         (["qemu", "-name", "guest=lab-0a1b2c3d"], "guest=lab-0a1b2c3d"),
+        (["qemu", "-name", "lab-0a1b2c3d,debug-threads=on"], "lab-0a1b2c3d"),
         (["qemu", "-name", "laboratory"], ""),
         (["qemu", "-name"], ""),
         (["vi", "lab-0a1b2c3d"], ""),

@@ -16,7 +16,7 @@ from lab.errors import HostError, RunError, SnapshotError, UsageError
 from lab.measure import Ground, Plan, describe, measure, open_set, plan_of, slots, summarise
 from lab.plots import stamp_text
 from lab.sample import Sample
-from lab.scenario import Machine, Scenario, Workload
+from lab.scenario import Instruments, Machine, Scenario, Workload
 from lab.summary import comparison_text, df_methods, sides
 from lab.tables import METRICS, SUMMARY_FIELDS, df_runs
 
@@ -122,6 +122,29 @@ async def test_an_interrupted_varied_campaign_is_continued(tmp_path: Path) -> No
     done = await campaign(tmp_path / "set", rest, VARIED)
     assert len(rest.seen) == 24 - 7
     assert all(len(done.measured(case)) == 3 for case in done.cases)
+
+
+def test_an_instrument_can_be_left_out_of_every_second_run_of_a_round() -> None:
+    plan = Plan(methods=("live",), repeats=2, vary={"time_threads": (True, False)})
+    for round_ in range(2):
+        on = [s.case.scenario.instruments.time_threads for s in slots(plan) if s.round == round_]
+        assert sorted(on) == [False, True]
+    assert {s.case.name for s in slots(plan)} == {"live, time_threads=yes", "live, time_threads=no"}
+    without = Plan(methods=("live",), instruments=Instruments(log_faults=False))
+    assert "not log_faults" in describe(without)[0]
+
+
+def test_a_set_that_names_no_instruments_is_measured_again_with_those_of_its_time() -> None:
+    recorded = run.load_set(Path(__file__).parent / "data" / "synthetic-run-set-schema-1")
+    found = plan_of(recorded).instruments
+    assert found == Instruments(log_faults=True, time_threads=False, read_host_memory=False)
+
+
+async def test_a_comparison_names_the_instruments_that_differ(tmp_path: Path) -> None:
+    plan = Plan(methods=("live",), repeats=1, vary={"log_faults": (True, False)})
+    done = await campaign(tmp_path / "set", FakeSampler(), plan)
+    left, right = sides(done, done, *done.cases)[0]
+    assert "log_faults: True -> False" in comparison_text(left, right)
 
 
 def test_warm_up_rounds_come_first_and_are_marked() -> None:

@@ -14,6 +14,7 @@ from lab.scenario import (
     DEFAULT_CHUNK_KIB,
     METHODS,
     MIN_RAM_MIB,
+    Instruments,
     Machine,
     Scenario,
     Workload,
@@ -23,6 +24,7 @@ from lab.scenario import (
     from_json,
     method,
     parse_dimension,
+    recorded_dimension,
     replace_dimensions,
     to_json,
 )
@@ -57,17 +59,22 @@ workloads = st.builds(
     threads=st.integers(1, 8),
     seed=st.integers(0, 2**63 - 1),
 )
+instruments = st.builds(
+    Instruments, **{f.name: st.booleans() for f in dataclasses.fields(Instruments)}
+)
 scenarios = st.builds(
-    lambda machine, workload, name: Scenario(
+    lambda machine, workload, name, instruments: Scenario(
         machine=machine
         if METHODS[name].runs_on("patched")
         else dataclasses.replace(machine, fault_around_pages=0, chunk_kib=DEFAULT_CHUNK_KIB),
         workload=workload,
         method=name,
+        instruments=instruments,
     ),
     machines,
     workloads,
     st.sampled_from(sorted(METHODS)),
+    instruments,
 )
 
 
@@ -81,15 +88,17 @@ def test_a_scenario_survives_json(scenario: Scenario) -> None:
     assert from_json(Scenario, json.loads(json.dumps(to_json(scenario)))) == scenario
 
 
-@given(machines, workloads)
+@given(machines, workloads, instruments)
 def test_flags_default_to_the_fields_and_set_every_field(
-    machine: Machine, workload: Workload
+    machine: Machine, workload: Workload, instruments: Instruments
 ) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser, Machine)
     add_arguments(parser, Workload)
+    add_arguments(parser, Instruments)
     assert from_arguments(Machine, parser.parse_args([])) == Machine()
     assert from_arguments(Workload, parser.parse_args([])) == Workload()
+    assert from_arguments(Instruments, parser.parse_args([])) == Instruments()
     argv = [f"--ram-mib={machine.ram_mib}", f"--vcpus={machine.vcpus}", f"--accel={machine.accel}"]
     argv += [f"--ram-kind={machine.ram_kind}", *(f"--extra-arg={a}" for a in machine.extra_args)]
     argv += {None: [], True: ["--thp"], False: ["--no-thp"]}[machine.thp]
@@ -101,15 +110,19 @@ def test_flags_default_to_the_fields_and_set_every_field(
         argv.append(f"--{flag}" if getattr(machine, name) else f"--no-{flag}")
     argv += [f"--workload={workload.kind}", f"--wss-mib={workload.wss_mib}"]
     argv += [f"--threads={workload.threads}", f"--seed={workload.seed}"]
+    for name, on in to_json(instruments).items():
+        argv.append(f"--{'' if on else 'no-'}{name.replace('_', '-')}")
     namespace = parser.parse_args(argv)
     assert from_arguments(Machine, namespace) == machine
     assert from_arguments(Workload, namespace) == workload
+    assert from_arguments(Instruments, namespace) == instruments
 
 
 def test_dimensions_name_every_parameter_once() -> None:
     columns = dimensions(Scenario(method="live-rfc"))
     parameters = [f.name for f in dataclasses.fields(Machine)]
     parameters += [f.name for f in dataclasses.fields(Workload)]
+    parameters += [f.name for f in dataclasses.fields(Instruments)]
     assert set(columns) == {
         *(name for name in parameters if name != "kind"),
         *("workload", "method", "engine", "variant"),
@@ -124,9 +137,24 @@ def test_replacing_every_dimension_of_one_scenario_by_anothers_gives_the_other(
 ) -> None:
     other = dimensions(scenario)
     changes = {k: other[k] for k in set(other) - {"method", "engine", "variant", "extra_args"}}
-    machine, workload = replace_dimensions(Machine(), Workload(), changes)
+    machine, workload, instruments = replace_dimensions(
+        Machine(), Workload(), Instruments(), changes
+    )
     assert machine == dataclasses.replace(scenario.machine, extra_args=())
     assert workload == scenario.workload
+    assert instruments == scenario.instruments
+
+
+def test_a_recording_that_names_no_instrument_had_the_fault_log_and_nothing_else() -> None:
+    for recorded in ({"method": "live"}, {"method": "live", "instruments": {}}):
+        found = from_json(Scenario, recorded).instruments
+        assert found.log_faults
+        assert sum(to_json(found).values()) == 1
+        for name, on in to_json(found).items():
+            assert recorded_dimension(recorded, name) == on
+    assert from_json(Scenario, {"instruments": {"time_threads": True}}).instruments.time_threads
+    # What is asked for now is everything.
+    assert all(to_json(Scenario().instruments).values())
 
 
 @pytest.mark.parametrize(
@@ -163,6 +191,10 @@ def test_json_that_is_no_machine_is_refused_in_one_line(data: object, what: str)
     assert "\n" not in str(caught.value)
 
 
+def test_what_a_file_leaves_out_is_written_out_again() -> None:
+    assert to_json(from_json(Machine, {"ram_mib": 512})) == to_json(Machine(ram_mib=512))
+
+
 def test_an_unknown_key_deep_inside_is_refused() -> None:
     data = to_json(Scenario())
     data["machine"]["colour"] = "red"
@@ -196,7 +228,8 @@ def test_an_unknown_key_deep_inside_is_refused() -> None:
         lambda: parse_dimension("ram-mib", "much"),
         lambda: parse_dimension("workload", "chess"),
         lambda: parse_dimension("net", "maybe"),
-        lambda: replace_dimensions(Machine(), Workload(), {"colour": "red"}),
+        lambda: replace_dimensions(Machine(), Workload(), Instruments(), {"colour": "red"}),
+        lambda: Instruments(**_untyped({"time_threads": 1})),
         lambda: Workload(**_untyped({"kind": "busy"})),
         lambda: Workload(threads=0),
         lambda: Scenario(method="magic"),
