@@ -15,7 +15,8 @@ MAX_TEXT_CHARS = 4 << 20
 class Console:
     """What the guest printed.  Made by `attached`."""
 
-    def __init__(self) -> None:
+    def __init__(self, writer: asyncio.StreamWriter | None = None) -> None:
+        self._writer = writer
         self._changed = asyncio.Condition()
         self._closed = False
         self._mangled: GuestError | None = None
@@ -34,6 +35,16 @@ class Console:
     def tail(self, lines: int = 10) -> str:
         """Return the last lines that are not empty."""
         return "\n".join([line for line in self.text.splitlines() if line.strip()][-lines:])
+
+    async def type(self, line: str) -> None:
+        """Type a line to the guest; lab/guest/README.md has the commands it knows.
+
+        :raise GuestError: the console is closed.
+        """
+        if self._writer is None or self._closed:
+            raise GuestError("the guest's console is closed", "see the console's text")
+        self._writer.write(f"{line}\n".encode())
+        await self._writer.drain()
 
     def restarted(self) -> None:
         """Take note that the guest is reset, which may cut a record short.
@@ -110,7 +121,7 @@ class Console:
 async def attached(sock: socket.socket) -> AsyncIterator[Console]:
     """Read the console from `sock`, one end of a connected pair; the context closes it."""
     reader, writer = await asyncio.open_connection(sock=sock)
-    console = Console()
+    console = Console(writer)
     task = asyncio.create_task(console._read(reader), name="console")
     try:
         yield console

@@ -36,6 +36,7 @@ import numpy.typing as npt
 from lab.errors import GuestError, SnapshotError
 from lab.guest.protocol import (
     PAGE_BYTES,
+    REPLAYED_KINDS,
     ProgressPage,
     WorkingSetCheck,
     check_working_set,
@@ -67,10 +68,10 @@ class Verification:
     """What the oracle found.
 
     `equal` is the verdict: the same blocks, every byte of them equal, and the working set what a
-    replay gives (`replay`; None for the idle workload, which has nothing to replay, and for a guest
-    that was taken while it booted).  `faults` is how many writes of the guest the snapshot held
-    up, None where QEMU does not count them.  `detail` is one line about what is wrong, empty when
-    nothing is.
+    replay gives (`replay`; None for a workload that can not be replayed, see
+    `lab.guest.protocol.REPLAYED_KINDS`, and for a guest that was taken while it booted).
+    `faults` is how many writes of the guest the snapshot held up, None where QEMU does not count
+    them.  `detail` is one line about what is wrong, empty when nothing is.
     """
 
     method: str
@@ -222,7 +223,7 @@ def _judge(
             progress = find_progress_page(_data(dump.path), dump.nonce)
             operations = progress.total_ops
             problems += _own_findings(progress)
-            if vm.workload.kind != "idle":
+            if vm.workload.kind in REPLAYED_KINDS:
                 replay = check_working_set(_data(dump.path), progress)
                 if not replay.ok:
                     problems.append(f"the working set is not what a replay gives: {replay}")

@@ -36,7 +36,16 @@ RamKind = Literal["anon", "memfd", "memfd-private", "file", "file-private", "hug
 DiskKind = Literal["none", "ide", "virtio"]
 DiskCache = Literal["writeback", "none"]
 DiskAio = Literal["threads", "native"]
-WorkloadKind = Literal["idle", "sequential", "random", "scattered"]
+WorkloadKind = Literal[
+    "idle",
+    "sequential",
+    "random",
+    "scattered",
+    "zipf",
+    "hotcold",
+    "readmostly",
+    "allocate",
+]
 Variant = Literal["patched", "unpatched"]
 Mechanism = Literal["background", "precopy", "stopped"]
 
@@ -197,12 +206,26 @@ class Machine:
 
 @dataclass(frozen=True)
 class Workload:
-    """What the guest does: `threads` writers over a working set of `wss_mib`, or nothing (`idle`).
+    """What the guest does: `threads` writers, each over its share of a working set of `wss_mib`.
 
-    `random` writes uniformly random pages, `scattered` uniformly random ones out of every 64th
-    page, `sequential` walks the working set in order; all write three words of a page for each
-    operation and verify the page before.  `seed` fixes the sequence of pages, so that a host can
-    replay it.  With `time_writes` the guest times each operation, which makes all of them slower.
+    An operation checks one page and writes three words of it, except where the table says more;
+    `lab/guest/README.md` defines each kind to the bit.
+
+    ============  =====================================================  ===========================
+    kind          pages                                                  stands for
+    ============  =====================================================  ===========================
+    `idle`        none                                                   a standby
+    `sequential`  one after the other, over and over                     a log writer, a stream
+    `random`      any, uniformly: nothing to foresee or cache            the worst case
+    `scattered`   one in 64, uniformly                                   a hash index, large records
+    `zipf`        the page of rank r in proportion to 1/r, ranks spread  a key-value cache
+    `hotcold`     9 of 10 to a tenth that moves on, uniformly            a database's buffer pool
+    `readmostly`  any, uniformly; 9 of 10 operations only read           a web server, its cache
+    `allocate`    given back to the guest's kernel and touched anew      compilers, a collected heap
+    ============  =====================================================  ===========================
+
+    `seed` fixes the sequence of pages, so that a host can replay it (`allocate` takes no part in
+    that).  With `time_writes` the guest times each operation, which makes all of them slower.
 
     Raises `UsageError` for values that can not work.
     """

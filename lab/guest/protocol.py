@@ -17,9 +17,29 @@ from lab.errors import GuestError, UsageError
 PAGE_BYTES = 4096
 PAGE_WORDS = PAGE_BYTES // 8
 #: Kinds of workload; the position is the number in the progress page.
-KINDS = ("idle", "sequential", "random", "scattered")
+KINDS = (
+    "idle",
+    "sequential",
+    "random",
+    "scattered",
+    "zipf",
+    "hotcold",
+    "readmostly",
+    "allocate",
+)
+#: Kinds whose working set a host can replay. An idle guest has nothing to replay, and memory that
+#: `allocate` has given back still holds pages that name themselves, which only the guest's page
+#: tables tell from those of the working set.
+REPLAYED_KINDS = ("sequential", "random", "scattered", "zipf", "hotcold", "readmostly")
 #: A scattered writer writes to one page out of so many.
 SCATTER = 64
+#: Of a hotcold writer's pages one in so many is hot, one operation in so many goes to the others,
+#: and which pages are hot changes after so many operations.
+HOT_SHARE = 10
+COLD_EVERY = 10
+HOT_PERIOD = 1 << 20
+#: A readmostly writer writes in one operation out of so many, and reads in the others.
+WRITE_EVERY = 10
 MAX_THREADS = 62
 MAX_WSS_MIB = 1 << 20
 
@@ -382,42 +402,112 @@ def _scale(random: U64, pages: int) -> U64:
     return ((random >> shift) * count + (((random & low) * count) >> shift)) >> shift
 
 
+def _random_of_operations(seed: int, thread: int, first_op: int, ops: int) -> U64:
+    """Return each operation's random number: SplitMix64, evaluated at the operation."""
+    k = np.arange(first_op, first_op + ops, dtype=np.uint64)
+    seeded = np.array([(seed ^ (_GAMMA * (thread + 1))) & _MASK], dtype=np.uint64)
+    return _mix64(_mix64(seeded) + np.uint64(_GAMMA) * (k + np.uint64(1)))
+
+
+def _zipf_ranks(random: U64, pages: int) -> U64:
+    """Return a rank from 0 for each random number, with probabilities 1 : 1/2 : 1/3 and so on."""
+    rank = np.zeros_like(random)
+    waiting = np.arange(len(random))
+    while len(waiting):
+        first = np.uint64(1) << _scale(random, pages.bit_length())
+        more = _mix64(random)
+        proposed = first + ((more >> np.uint64(32)) & (first - np.uint64(1)))
+        accepted = (proposed <= np.uint64(pages)) & (
+            (more & np.uint64(0xFFFFFFFF)) * proposed < first << np.uint64(32)
+        )
+        rank[waiting[accepted]] = proposed[accepted] - np.uint64(1)
+        waiting = waiting[~accepted]
+        random = _mix64(random[~accepted] + np.uint64(_GAMMA))
+    return rank
+
+
+def _spread(rank: U64, pages: int) -> U64:
+    """Permute numbers below `pages`, so that neighbouring ranks are not neighbouring pages."""
+    bits = pages.bit_length()
+    mask, half = np.uint64((1 << bits) - 1), np.uint64(bits // 2 + 1)
+    page = rank.copy()
+    outside = np.arange(len(rank))
+    while len(outside):
+        at = ((page[outside] + np.uint64(_GAMMA)) * np.uint64(_MIX_1)) & mask
+        at ^= at >> half
+        at = (at * np.uint64(_MIX_2)) & mask
+        at ^= at >> half
+        page[outside] = at
+        outside = outside[at >= np.uint64(pages)]
+    return page
+
+
+def _hotcold(random: U64, pages: int, first_op: int) -> U64:
+    k = np.arange(first_op, first_op + len(random), dtype=np.uint64)
+    hot, count = -(-pages // HOT_SHARE), np.uint64(pages)
+    # Divided first, because the product need not fit into 64 bits.
+    moved = k // np.uint64(HOT_PERIOD) % count
+    first = moved * np.uint64(hot) % count
+    is_hot = (_scale(random, COLD_EVERY) > 0) | (hot == pages)
+    rest = random * np.uint64(COLD_EVERY)
+    cold = np.uint64(hot) + _scale(rest, pages - hot)
+    return (first + np.where(is_hot, _scale(rest, hot), cold)) % count
+
+
 def pages_of_operations(
     kind: str, seed: int, thread: int, pages: int, first_op: int, ops: int
 ) -> U64:
-    """Return the page, counted within the thread's share, that each operation writes.
+    """Return the page, counted within the thread's share, that each operation is about.
 
     Operation k, counted from 0, of a `random` writer is SplitMix64 evaluated at k::
 
         start(seed, thread) = mix64(seed XOR GAMMA * (thread + 1))
-        page(k)             = high64(mix64(start + GAMMA * (k + 1)) * pages)
+        random(k)           = mix64(start + GAMMA * (k + 1))
+        page(k)             = high64(random(k) * pages)
 
     with GAMMA = 0x9e3779b97f4a7c15, mix64 the output function of SplitMix64, and arithmetic
     modulo 2**64. A `sequential` writer takes page k modulo `pages`, and a `scattered` one is a
-    random writer to every `SCATTER`-th page.
+    random writer to every `SCATTER`-th page. The README has the others, all functions of random(k).
 
     :param pages: pages in the share, 1 to 2**32 - 1.
     :param first_op: number of the first operation.
     :param ops: how many.
     """
-    k = np.arange(first_op, first_op + ops, dtype=np.uint64)
     if kind == "sequential":
-        return k % np.uint64(pages)
-    if kind not in ("random", "scattered"):
-        raise ValueError(f"a workload of kind {kind!r} writes no pages")
-    every = SCATTER if kind == "scattered" else 1
-    places = -(-pages // every)
-    seeded = np.array([(seed ^ (_GAMMA * (thread + 1))) & _MASK], dtype=np.uint64)
-    random = _mix64(_mix64(seeded) + np.uint64(_GAMMA) * (k + np.uint64(1)))
-    return _scale(random, places) * np.uint64(every)
+        return np.arange(first_op, first_op + ops, dtype=np.uint64) % np.uint64(pages)
+    if kind not in REPLAYED_KINDS:
+        raise ValueError(f"a workload of kind {kind!r} can not be replayed")
+    random = _random_of_operations(seed, thread, first_op, ops)
+    match kind:
+        case "zipf":
+            return _spread(_zipf_ranks(random, pages), pages)
+        case "hotcold":
+            return _hotcold(random, pages, first_op)
+        case "readmostly":
+            return _scale(random * np.uint64(WRITE_EVERY), pages)
+        case "scattered":
+            return _scale(random, -(-pages // SCATTER)) * np.uint64(SCATTER)
+    return _scale(random, pages)
+
+
+def writes_of_operations(
+    kind: str, seed: int, thread: int, first_op: int, ops: int
+) -> npt.NDArray[np.bool_]:
+    """Return whether each operation writes to its page; the others only read it."""
+    if kind != "readmostly":
+        return np.ones(ops, dtype=bool)
+    writes: npt.NDArray[np.bool_] = (
+        _scale(_random_of_operations(seed, thread, first_op, ops), WRITE_EVERY) == 0
+    )
+    return writes
 
 
 def replay_versions(seed: int, thread: int, pages: int, ops: int, *, kind: str = "random") -> U64:
     """Return the version of every page of a thread's share after `ops` operations.
 
-    Operation k writes version k + 1; a page never written has version 0. The sequence is walked
-    from its end, because only the last write to a page counts, and the walk stops when every page
-    has had one: the time does not grow with `ops` beyond that.
+    Operation k writes version k + 1, if it writes; a page never written has version 0. The sequence
+    is walked from its end, because only the last write to a page counts, and the walk stops when
+    every page has had one: the time does not grow with `ops` beyond that.
 
     :param pages: pages in the share, 1 to 2**32 - 1.
     """
@@ -427,9 +517,10 @@ def replay_versions(seed: int, thread: int, pages: int, ops: int, *, kind: str =
     while end > 0 and not versions[::every].all():
         start = max(0, end - _REPLAY_CHUNK)
         page = pages_of_operations(kind, seed, thread, pages, start, end - start)
+        writes = writes_of_operations(kind, seed, thread, start, end - start)
         written = np.zeros(pages, dtype=np.uint64)
         # For an index that is there more than once, the last assignment stays.
-        written[page] = np.arange(start + 1, end + 1, dtype=np.uint64)
+        written[page[writes]] = np.arange(start + 1, end + 1, dtype=np.uint64)[writes]
         versions = np.where(versions == 0, written, versions)
         end = start
     return versions
@@ -552,7 +643,7 @@ def _expected_versions(progress: ProgressPage) -> tuple[U64, U64, npt.NDArray[np
         next_page = pages_of_operations(progress.kind, progress.seed, thread, count, ops, 1)
         at = first + int(next_page[0])
         pending[at] = ops + 1
-        target[at] = True
+        target[at] = writes_of_operations(progress.kind, progress.seed, thread, ops, 1)[0]
     return expected, pending, target
 
 

@@ -39,11 +39,14 @@ enum {
 
 static const uint64_t GAMMA = UINT64_C(0x9e3779b97f4a7c15); /* SplitMix64's increment */
 
+static const uint64_t MIX_1 = UINT64_C(0xbf58476d1ce4e5b9);
+static const uint64_t MIX_2 = UINT64_C(0x94d049bb133111eb);
+
 /* The output function of SplitMix64: a bijection on 64 bits. */
 static inline uint64_t mix64(uint64_t z)
 {
-    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+    z = (z ^ (z >> 30)) * MIX_1;
+    z = (z ^ (z >> 27)) * MIX_2;
     return z ^ (z >> 31);
 }
 

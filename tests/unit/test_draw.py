@@ -12,6 +12,7 @@ from lab.draw import (
     BUFFER_MIB,
     CHUNK_KIB,
     FAULT_AROUND_PAGES,
+    LATER_KINDS,
     MACHINE,
     SHOTS,
     WORKLOAD,
@@ -28,6 +29,7 @@ from lab.scenario import (
     RamKind,
     Scenario,
     Workload,
+    WorkloadKind,
     from_json,
     to_json,
 )
@@ -111,6 +113,7 @@ def test_seeds_give_the_same_everywhere_and_for_ever() -> None:
     assert trial.machine.ram_kind == "memfd-private"
     assert (trial.machine.ram_mib, trial.machine.vcpus) == (256, 1)
     assert (trial.workload.kind, trial.workload.seed) == ("random", 1501717207)
+    assert draw(24).workload == Workload("sequential", wss_mib=32, threads=1, seed=3646985387)
 
 
 @given(seeds)
@@ -127,8 +130,9 @@ def test_everything_that_may_be_drawn_is_drawn() -> None:
     for name, values in MACHINE.items():
         assert {getattr(trial.machine, name) for trial in trials} == set(values), name
     for name, values in WORKLOAD.items():
-        if name != "wss_mib":
+        if name not in ("kind", "wss_mib"):
             assert {getattr(trial.workload, name) for trial in trials} == set(values), name
+    assert {trial.workload.kind for trial in trials} == set(typing.get_args(WorkloadKind))
     assert {trial.machine.fault_around_pages for trial in trials} == set(FAULT_AROUND_PAGES)
     assert {trial.machine.chunk_kib for trial in trials} == set(CHUNK_KIB)
     assert {shot.buffer_mib for trial in trials for shot in trial.shots} >= set(BUFFER_MIB)
@@ -138,6 +142,8 @@ def test_no_parameter_of_a_guest_is_forgotten() -> None:
     """A new field of `Machine` or `Workload` has to be drawn too: list it in lab/draw.py."""
     fields = {field.name for field in dataclasses.fields(Machine)}
     assert set(MACHINE) == fields - NOT_DRAWN - SIZES
+    kinds = {*WORKLOAD["kind"], *LATER_KINDS} - {None}
+    assert kinds == set(typing.get_args(WorkloadKind))
     assert {*WORKLOAD, "seed"} == {field.name for field in dataclasses.fields(Workload)}
 
 

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from lab.errors import GuestError, UsageError
 from lab.guest import protocol
 from lab.guest.protocol import (
+    HOT_PERIOD,
     KINDS,
     LATENCY_BUCKETS,
     PAGE_BYTES,
     PAGE_WORDS,
+    REPLAYED_KINDS,
     WORD_BODY,
     WORD_HEAD,
     WORD_TAIL,
@@ -31,6 +33,7 @@ from lab.guest.protocol import (
     pages_of_operations,
     parse_record,
     replay_versions,
+    writes_of_operations,
 )
 
 SOURCE = Path(protocol.__file__).with_name("workload.c")
@@ -40,7 +43,6 @@ U64 = protocol.U64
 keys = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
 values = st.from_regex(r"[!-<>-~]{1,20}", fullmatch=True)
 seeds = st.integers(0, 2**64 - 1)
-WRITING = [kind for kind in KINDS if kind != "idle"]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +187,7 @@ def test_devices_are_named_only_where_there_are_some() -> None:
     "change",
     [
         {"disk": "floppy"},
-        {"kind": "zipf"},
+        {"kind": "busy"},
         {"threads": 0},
         {"threads": 63},
         {"wss_mib": -1},
@@ -220,7 +222,9 @@ def test_the_progress_page_is_decoded_word_by_word() -> None:
     assert page.latency_gpa == 8192
 
 
-@pytest.mark.parametrize(("word", "value"), [(0, 0), (1, 2), (3, 0), (3, 63), (5, 4), (7, 0)])
+@pytest.mark.parametrize(
+    ("word", "value"), [(0, 0), (1, 2), (3, 0), (3, 63), (5, len(KINDS)), (7, 0)]
+)
 def test_a_page_that_is_not_a_progress_page_is_refused(word: int, value: int) -> None:
     words = np.zeros(PAGE_WORDS, dtype="<u8")
     words[:8] = (protocol.PROGRESS_MAGIC, 1, NONCE, 1, 0, 0, 0, 2)
@@ -268,13 +272,15 @@ def test_the_page_of_an_operation_is_the_formula_of_the_readme(
     assert int(pages_of_operations("random", seed, thread, pages, op, 1)[0]) == expected
 
 
-@given(seeds, st.integers(1, 200), st.integers(0, 300), st.sampled_from(WRITING))
+@given(seeds, st.integers(1, 200), st.integers(0, 300), st.sampled_from(REPLAYED_KINDS))
 def test_replaying_from_the_end_equals_replaying_from_the_start(
     seed: int, pages: int, ops: int, kind: str
 ) -> None:
     versions = [0] * pages
+    writes = writes_of_operations(kind, seed, 0, 0, ops)
     for k, page in enumerate(pages_of_operations(kind, seed, 0, pages, 0, ops)):
-        versions[int(page)] = k + 1
+        if writes[k]:
+            versions[int(page)] = k + 1
     assert replay_versions(seed, 0, pages, ops, kind=kind).tolist() == versions
 
 
@@ -295,7 +301,7 @@ def test_a_long_run_is_replayed_by_looking_at_its_end_only() -> None:
 
 @settings(max_examples=25)
 @given(
-    kind=st.sampled_from(WRITING),
+    kind=st.sampled_from(REPLAYED_KINDS),
     seed=seeds,
     ops=st.lists(st.integers(0, 400), min_size=1, max_size=3),
     spare_pages=st.integers(0, 200),
@@ -314,6 +320,62 @@ def test_the_guests_own_code_leaves_what_the_host_replays(
     check = check_working_set([pages.tobytes()], progress_page(kind, seed, wss_pages, ops))
     assert check.ok
     assert check.in_flight == 0
+
+
+def test_the_hot_tenth_moves_on_in_the_guest_as_in_the_replay(harness: Path) -> None:
+    ops = [2 * HOT_PERIOD + 1234, HOT_PERIOD - 5]
+    pages = working_set(harness, "hotcold", 7, 301, ops)
+    check = check_working_set([pages.tobytes()], progress_page("hotcold", 7, 301, ops))
+    assert check.ok, check
+    for period in range(3):
+        page = pages_of_operations("hotcold", 7, 0, 100, period * HOT_PERIOD, 50_000)
+        hot = (page // np.uint64(10)) == np.uint64(period)
+        assert 0.88 < hot.mean() < 0.92
+
+
+def test_each_kind_of_page_is_as_frequent_as_its_law_says() -> None:
+    ops, pages = 400_000, 1000
+    count = np.bincount(pages_of_operations("zipf", 3, 0, pages, 0, ops).astype(np.int64))
+    expected = ops / np.arange(1, pages + 1) / (1 / np.arange(1, pages + 1)).sum()
+    by_rank = np.sort(count)[::-1]
+    assert np.allclose(by_rank[:20], expected[:20], rtol=0.1)
+    assert len(count) == pages
+    assert by_rank[-1] > expected[-1] / 3
+    # The hottest are anywhere, and so hardly ever one beside the other.
+    hottest = np.sort(np.argsort(count)[::-1][:10])
+    assert (np.diff(hottest) > 1).sum() >= 7
+    assert np.ptp(hottest) > pages / 2
+    assert 0.095 < writes_of_operations("readmostly", 3, 0, 0, ops).mean() < 0.105
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3, 7, 8, 9, 100, 1023, 1024, 1025])
+def test_the_order_of_ranks_is_a_permutation(pages: int) -> None:
+    ranks = np.arange(pages, dtype=np.uint64)
+    assert sorted(protocol._spread(ranks, pages).tolist()) == ranks.tolist()
+
+
+@pytest.mark.parametrize(("wss_pages", "ops"), [(1, [9]), (700, [5, 3000]), (600, [256, 257, 0])])
+def test_an_allocating_writer_finds_every_page_anew(
+    harness: Path, wss_pages: int, ops: list[int]
+) -> None:
+    """The program fails when a page it takes is not zero, or one it gives back not right."""
+    pages = working_set(harness, "allocate", 1, wss_pages, ops)
+    named = pages[:, 0] == np.uint64(protocol.PAGE_MAGIC ^ NONCE)
+    assert (pages[named, 1] == np.flatnonzero(named)).all()
+    assert not pages[~named].any()
+    for thread, count in enumerate(ops):
+        first, end = (first_page(wss_pages, len(ops), thread + i) for i in (0, 1))
+        share = end - first
+        done = (count - 1) % share + 1 if count else 0
+        given_back = min(-(-done // 256) * 256, share) - done
+        assert named[first:end].sum() == share - given_back
+        assert pages[first:end, WORD_TAIL].max() == count
+
+
+def test_what_can_not_be_replayed_is_refused() -> None:
+    for kind in set(KINDS) - set(REPLAYED_KINDS):
+        with pytest.raises(ValueError, match=kind):
+            pages_of_operations(kind, 1, 0, 1, 0, 1)
 
 
 # The check of a dump

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import typing
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from lab.scenario import (
     Machine,
     Scenario,
     Workload,
+    WorkloadKind,
     add_arguments,
     dimensions,
     from_arguments,
@@ -54,7 +56,7 @@ machines = st.builds(
 )
 workloads = st.builds(
     Workload,
-    kind=st.sampled_from(["idle", "sequential", "random"]),
+    kind=st.sampled_from(typing.get_args(WorkloadKind)),
     wss_mib=st.integers(1, 16),
     threads=st.integers(1, 8),
     seed=st.integers(0, 2**63 - 1),

@@ -169,6 +169,9 @@ async def test_the_guest_says_what_it_runs_and_powers_off_when_told(tmp_path: Pa
         ("sequential", 1, 1),
         ("random", 3, 1),
         ("scattered", 2, 2),
+        ("zipf", 2, 2),
+        ("hotcold", 1, 1),
+        ("readmostly", 2, 2),
         ("idle", 1, 1),
     ],
 )
@@ -248,7 +251,7 @@ async def test_two_boots_have_two_nonces(tmp_path: Path) -> None:
     ("parameter", "name"),
     [
         ("lab.threads=63", "lab.threads"),
-        ("lab.workload=zipf", "lab.workload"),
+        ("lab.workload=busy", "lab.workload"),
         ("lab.seed=-1", "lab.seed"),
         ("lab.time_writes=2", "lab.time_writes"),
         ("lab.unheard=1", "lab.unheard"),

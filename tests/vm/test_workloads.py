@@ -1,0 +1,66 @@
+"""Every kind of workload: it works, a live snapshot is exact, and the restored guest works on."""
+
+import asyncio
+import typing
+from pathlib import Path
+
+import pytest
+
+import lab
+from lab.guest.protocol import REPLAYED_KINDS
+from lab.oracle import verify_method
+from lab.scenario import WorkloadKind
+from lab.vm import VM
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+
+MIN_OPS = 1000
+
+
+async def works_on(vm: VM) -> None:
+    """Assert that every writer completes operations, without an error of its own."""
+    before = await vm.progress_page()
+    # An idle guest counts once a millisecond, and only in its first thread.
+    counting, ops = (1, 10) if before.kind == "idle" else (before.threads, MIN_OPS)
+    async with asyncio.timeout(120):
+        while True:
+            now = await vm.progress_page()
+            done = [n - b for n, b in zip(now.ops, before.ops, strict=True)]
+            if min(done[:counting]) >= ops:
+                break
+            # A page of RAM has no event to wait for.
+            await asyncio.sleep(0.01)
+    assert now.page_errors == 0
+
+
+async def verifies(vm: VM) -> None:
+    """Assert that the guest finds every word of its working set as it should be."""
+    since = len(vm.console.records)
+    await vm.console.type("verify")
+    verify = await vm.console.wait_record(
+        lambda record: record.kind in ("verify", "error"), since=since, timeout_s=120
+    )
+    assert verify.kind == "verify", verify
+    assert int(verify.fields["pages"]) == vm.ready.wss_pages
+    assert (verify.fields["bad"], verify.fields["errors"]) == ("0", "0")
+
+
+@pytest.mark.parametrize("kind", typing.get_args(WorkloadKind))
+async def test_a_live_snapshot_of_every_kind_is_exact_and_works_on(
+    kind: WorkloadKind, tmp_path: Path
+) -> None:
+    image = tmp_path / "a.snap"
+    machine = lab.Machine(ram_mib=192, vcpus=2)
+    workload = lab.Workload(kind, wss_mib=32, threads=2, time_writes=kind == "allocate")
+    async with lab.boot(machine, workload) as vm:
+        await works_on(vm)
+        found = await verify_method(vm, "live", tmp_path)
+        assert found.equal, found.detail
+        assert found.operations > 0
+        assert (found.replay is not None) == (kind in REPLAYED_KINDS)
+        await vm.snapshot(image, "live", progress=False)
+        await works_on(vm)
+        await verifies(vm)
+    async with lab.restore(image) as again:
+        await verifies(again)
+        await works_on(again)
