@@ -1,4 +1,5 @@
-"""Read the memory of a process that this one may trace, without stopping it, and see what it is.
+"""Read the memory of a process that this one may trace, without stopping it, and see what it is;
+write to it, where an instrument is to be checked.
 
 `process_vm_readv` copies straight between address spaces: no exit of the guest, no signal, no
 lock that the target takes.  The parent of a process may use it on that process, and so may root.
@@ -12,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 from lab.errors import HostError
 
@@ -23,8 +24,8 @@ class _Iovec(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
-def _prepared(library: ctypes.CDLL) -> Callable[..., int]:
-    call = library.process_vm_readv
+def _prepared(library: ctypes.CDLL, name: str = "process_vm_readv") -> Callable[..., int]:
+    call = getattr(library, name)
     call.restype = ctypes.c_ssize_t
     iovec, count = ctypes.POINTER(_Iovec), ctypes.c_ulong
     call.argtypes = (ctypes.c_int, iovec, count, iovec, count, count)
@@ -32,6 +33,7 @@ def _prepared(library: ctypes.CDLL) -> Callable[..., int]:
 
 
 _readv = _prepared(ctypes.CDLL(None, use_errno=True))
+_writev = _prepared(ctypes.CDLL(None, use_errno=True), "process_vm_writev")
 # For a few words the interpreter lock is kept: giving it up and waiting to get it back would take
 # longer than the read, and would be counted as part of it.
 _readv_short = _prepared(ctypes.PyDLL(None, use_errno=True))
@@ -67,16 +69,17 @@ class RemoteWindow:
         :raise OSError: when the process is gone or the range is not mapped.
         """
         done = self._readv(*self._call)
-        if done == self.length:
-            return
-        if done >= 0:
-            raise OSError(errno.EFAULT, f"only {done} of {self.length} bytes are mapped")
-        code = ctypes.get_errno()
-        if code == errno.EPERM:
-            raise HostError(
-                f"reading the memory of process {self.pid} is not permitted", _ptrace_remedy()
-            )
-        raise OSError(code, f"process_vm_readv of process {self.pid}: {os.strerror(code)}")
+        if done != self.length:
+            _raise(self.pid, done, self.length, "reading", "process_vm_readv")
+
+
+def _raise(pid: int, done: int, length: int, doing: str, call: str) -> NoReturn:
+    if done >= 0:
+        raise OSError(errno.EFAULT, f"only {done} of {length} bytes are mapped")
+    code = ctypes.get_errno()
+    if code == errno.EPERM:
+        raise HostError(f"{doing} the memory of process {pid} is not permitted", _ptrace_remedy())
+    raise OSError(code, f"{call} of process {pid}: {os.strerror(code)}")
 
 
 def read_process(pid: int, address: int, length: int) -> bytes:
@@ -91,6 +94,21 @@ def read_process(pid: int, address: int, length: int) -> bytes:
         window.read()
         parts.append(bytes(window.buffer))
     return b"".join(parts)
+
+
+def write_process(pid: int, address: int, data: bytes) -> None:
+    """Write `data` to `address` of process `pid`; waits where a write of that process would.
+
+    :raise HostError: when this process may not write to the memory of that one.
+    :raise OSError: when the process is gone or the range is not mapped.
+    """
+    buffer = ctypes.create_string_buffer(data, len(data))
+    local = _Iovec(ctypes.addressof(buffer), len(data))
+    remote = _Iovec(address, len(data))
+    done = _writev(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+    if done == len(data):
+        return
+    _raise(pid, done, len(data), "writing to", "process_vm_writev")
 
 
 @dataclass(frozen=True, kw_only=True)

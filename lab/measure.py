@@ -433,7 +433,7 @@ def describe(plan: Plan) -> Sequence[str]:
     """The plan as lines for `--dry-run`."""
     machine, workload = plan.machine, plan.workload
     planned = slots(plan)
-    left_out = [name for name, on in to_json(plan.instruments).items() if not on]
+    left_out = [name for name, on in to_json(plan.instruments).items() if on is False]
     head = "; ".join(
         [
             f"{len(planned)} runs: {plan.repeats} x {len(plan.cases())} "

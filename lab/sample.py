@@ -25,6 +25,7 @@ import psutil
 from lab.errors import LabError
 from lab.host import available_memory_mib, require_disk
 from lab.instruments.hostmemory import df_host_memory, memory_summary, read_host_memory
+from lab.instruments.knownfaults import KnownFaults
 from lab.instruments.phases import buffer_summary
 from lab.instruments.threads import thread_summary
 from lab.instruments.writelatency import stall_summary
@@ -181,15 +182,21 @@ async def _tail(sampler: ProgressSampler, request_ns: int, end_ns: int) -> None:
             return
 
 
-def sampler_warnings(progress: pd.DataFrame, request_ns: int, end_ns: int) -> list[str]:
-    """What the sampler did not see."""
+def sampler_warnings(
+    progress: pd.DataFrame, request_ns: int, end_ns: int, gap_ns: int = SAMPLER_GAP_NS
+) -> list[str]:
+    """What the sampler did not see: where two samples are more than `gap_ns` apart."""
     inside = progress[(progress["t_ns"] >= request_ns) & (progress["t_ns"] <= end_ns)]
     gaps = np.diff(inside["t_ns"].to_numpy())
-    slept = int((gaps > SAMPLER_GAP_NS).sum())
+    slept = int((gaps > gap_ns).sum())
     if not slept:
         return []
     longest_ms = gaps.max() / NS_PER_MS
-    return [f"the progress sampler slept {slept} times over 10 ms, {longest_ms:.0f} ms at most"]
+    limit_ms = gap_ns / NS_PER_MS
+    return [
+        f"the progress sampler slept {slept} times over {limit_ms:g} ms, "
+        f"{longest_ms:.0f} ms at most"
+    ]
 
 
 async def take_sample(
@@ -232,13 +239,17 @@ async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
     warnings = []
     instruments = scenario.instruments
     async with contextlib.AsyncExitStack() as stack:
-        sampler = await stack.enter_async_context(vm.sampling())
+        sampling = vm.sampling(instruments.sample_interval_us)
+        sampler = await stack.enter_async_context(sampling)
         threads = None
         if instruments.time_threads:
             threads = await stack.enter_async_context(vm.timing_threads())
         unsettled = await _settle(sampler)
         if unsettled:
             warnings.append(unsettled)
+        known = None
+        if instruments.known_faults:
+            known = await KnownFaults.find(vm, instruments.known_faults)
         memory = read_host_memory(vm.pid) if instruments.read_host_memory else None
         latency = await vm.write_latency() if scenario.workload.time_writes else None
         with no_garbage_collection():
@@ -248,6 +259,8 @@ async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
                 if threads is not None:
                     threads.read()
                 await asyncio.sleep(BASELINE_NS / NS_PER_S + BASELINE_MARGIN_S)
+            if known is not None:
+                await stack.enter_async_context(known.written_on_resume(vm))
             snapshot = await take(
                 vm,
                 image,
@@ -262,7 +275,9 @@ async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
     first = snapshot.request_ns - BASELINE_NS - round(BASELINE_MARGIN_S / 2 * NS_PER_S)
     progress = progress[progress["t_ns"] >= first].reset_index(drop=True)
     cost = slowdown(progress, request_ns=snapshot.request_ns, end_ns=snapshot.end_ns)
-    warnings += sampler_warnings(progress, snapshot.request_ns, cost.back_ns or snapshot.end_ns)
+    gap_ns = max(SAMPLER_GAP_NS, 3000 * instruments.sample_interval_us)
+    last_ns = cost.back_ns or snapshot.end_ns
+    warnings += sampler_warnings(progress, snapshot.request_ns, last_ns, gap_ns)
     tables = {"progress": progress}
     phases = snapshot.df_phases()
     if len(phases):
@@ -281,6 +296,8 @@ async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
         tables["faults"] = log_.df
         if log_.dropped:
             warnings.append(f"the fault log dropped {log_.dropped} faults")
+        if known is not None and (spoilt := known.by_others(log_.df)):
+            warnings.append(f"the guest wrote to {spoilt} of the pages of the known faults itself")
     figures = {
         "setup_ms": snapshot.setup_ms,
         "pause_ms": snapshot.pause_ms,
@@ -294,6 +311,8 @@ async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
         "back_capped": cost.back_capped,
     }
     figures |= fault_summary(None if log_ is None else log_.df)
+    if known is not None and log_ is not None:
+        figures["known_faults_logged"] = known.logged(log_.df)
     figures |= buffer_summary(snapshot.counters) | stall_summary(snapshot.write_latency)
     figures |= thread_summary(thread_times) | memory_summary(tables.get("host_memory"))
     return Sample(

@@ -261,6 +261,10 @@ class Instruments:
     Each can be left out, to see what it costs itself.  What an instrument that is left out would
     have found is unknown.  A guest that times its operations is another workload
     (`Workload.time_writes`).
+
+    `sample_interval_us` is the distance of the samples of progress.  With `known_faults` the lab
+    itself writes to so many protected pages while the snapshot is taken, and counts them in the
+    fault log: `lab.instruments.knownfaults`.
     """
 
     log_faults: bool = field(
@@ -278,9 +282,25 @@ class Instruments:
         },
     )
 
+    sample_interval_us: int = field(
+        default=1000, metadata={"help": "distance of the samples of the guest's progress"}
+    )
+    known_faults: int = field(
+        default=0,
+        metadata={"help": "protected pages that the lab itself writes to, to check the fault log"},
+    )
+
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            _require_bool(f.name, getattr(self, f.name))
+        for name in ("log_faults", "time_threads", "read_host_memory"):
+            _require_bool(name, getattr(self, name))
+        # More than a second apart there may be no two samples before the request.
+        _require_int("sample_interval_us", self.sample_interval_us, 100, 100_000)
+        _require_int("known_faults", self.known_faults, 0, 4096)
+        _require(
+            self.log_faults or not self.known_faults,
+            "known_faults are to be counted in the fault log, which is left out",
+            "leave known_faults at 0, or log faults",
+        )
 
 
 MAPPED_RAM = "mapped-ram"
@@ -432,6 +452,18 @@ class Scenario:
             f"{self.method} is of the unpatched QEMU, which has no engine copy to give sizes to",
             "leave fault_around_pages and chunk_kib unset, or choose another method",
         )
+        if self.instruments.known_faults:
+            _require(
+                method(self.method).engine is not None,
+                f"{self.method} has no fault log to count known_faults in",
+                "choose a live method, or leave known_faults at 0",
+            )
+            _require(
+                self.workload.kind == "idle",
+                f"a guest with the workload {self.workload.kind} writes to the pages of "
+                "known_faults itself",
+                "use the workload idle",
+            )
 
     @property
     def variant(self) -> Variant:

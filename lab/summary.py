@@ -41,6 +41,7 @@ _HEADINGS = {
     "fault_p50_us": "fault p50 us",
     "fault_p99_us": "fault p99 us",
     "fault_max_us": "fault max us",
+    "known_faults_logged": "known faults logged",
     "pages_copied": "pages copied",
     "buffer_max_bytes": "buffer max MiB",
     "buffer_waits": "buffer waits",

@@ -192,6 +192,11 @@ SUMMARY_FIELDS: dict[str, Column] = {
     ),
     "fault_p99_us": Column("us", "99 % quantile of the same"),
     "fault_max_us": Column("us", "largest of the same"),
+    "known_faults_logged": Column(
+        "1",
+        "write faults in the log that the lab itself made, to compare with the `known_faults` of "
+        "the scenario; null when none were asked for",
+    ),
     "pages_copied": Column(
         "1", "pages that the fault thread copied aside; null where QEMU does not count them"
     ),
@@ -266,6 +271,7 @@ METRICS = (
     "fault_p50_us",
     "fault_p99_us",
     "fault_max_us",
+    "known_faults_logged",
     "pages_copied",
     "buffer_max_bytes",
     "buffer_waits",

@@ -280,15 +280,18 @@ class VM:
         return ProgressPage.decode(self.read_host(address, PAGE_BYTES))
 
     @contextlib.asynccontextmanager
-    async def sampling(self) -> AsyncIterator["ProgressSampler"]:
-        """Sample the guest's progress a thousand times a second while the context lasts.
+    async def sampling(self, interval_us: int = 1000) -> AsyncIterator["ProgressSampler"]:
+        """Sample the guest's progress every `interval_us` while the context lasts.
 
         :raise HostError: when this process may not read QEMU's memory.
         """
         from lab.instruments.progress import ProgressSampler  # pandas is slow to import
 
         address = await self.host_address(self.ready.progress_gpa)
-        with ProgressSampler(self.pid, address, threads=self.ready.threads) as sampler:
+        threads, interval_ns = self.ready.threads, interval_us * 1000
+        with ProgressSampler(
+            self.pid, address, threads=threads, interval_ns=interval_ns
+        ) as sampler:
             yield sampler
 
     @contextlib.asynccontextmanager

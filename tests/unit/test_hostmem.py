@@ -9,7 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from lab.hostmem import RemoteWindow, Residency, parse_residency, read_process, residency
+from lab.hostmem import (
+    RemoteWindow,
+    Residency,
+    parse_residency,
+    read_process,
+    residency,
+    write_process,
+)
 
 # Holds a page of known content at a known address until its stdin is closed.
 _HOLDER = """
@@ -96,6 +103,17 @@ def test_memory_that_is_written_becomes_resident() -> None:
     assert residency(os.getpid(), address, 16 << 20).resident == 0
     memory[: 1 << 20] = bytes(1 << 20)
     assert residency(os.getpid(), address, 16 << 20).resident >= 1 << 20
+
+
+def test_what_is_written_is_there_and_nothing_beside_it(holder: Holder) -> None:
+    write_process(holder.process.pid, holder.address + 7, b"\0hello\0")
+    content = read_process(holder.process.pid, holder.address, len(PATTERN))
+    assert content == PATTERN[:7] + b"\0hello\0" + PATTERN[14:]
+
+
+def test_what_is_not_mapped_can_not_be_written(holder: Holder) -> None:
+    with pytest.raises(OSError, match=r"process_vm_writev|mapped"):
+        write_process(holder.process.pid, 4096, b"x")
 
 
 @pytest.mark.parametrize("length", [0, -1, (1 << 30) + 1])

@@ -71,7 +71,8 @@ async def test_host_memory_is_read_outside_of_what_is_timed(tmp_path: Path) -> N
 async def test_without_instruments_a_snapshot_is_taken_all_the_same(
     method: str, tmp_path: Path
 ) -> None:
-    off = Instruments(**dict.fromkeys(to_json(Instruments()), False))
+    on = [name for name, value in to_json(Instruments()).items() if value is True]
+    off = Instruments(**dict.fromkeys(on, False))
     scenario = Scenario(machine=MACHINE, workload=WORKLOAD, method=method, instruments=off)
     sample = await take_sample(scenario, tmp_path / "image", verify=method == "live")
     assert sample.outcome == "ok"
@@ -80,3 +81,32 @@ async def test_without_instruments_a_snapshot_is_taken_all_the_same(
     for name in (*unknown, "thp_lost_mib", "thp_splits", "page_cache_growth_mib"):
         assert sample.figures[name] is None
     assert sample.figures["lost_work_ms"] is not None
+
+
+@pytest.mark.parametrize("method", ["live", "live-rfc", "live-inline"])
+async def test_the_fault_log_has_exactly_the_faults_that_were_made(
+    method: str, tmp_path: Path
+) -> None:
+    # A prime: it is no multiple of anything that could be counted instead.
+    scenario = Scenario(
+        machine=lab.Machine(ram_mib=256),
+        workload=lab.Workload("idle", wss_mib=128),
+        method=method,
+        instruments=Instruments(known_faults=31),
+    )
+    sample = await take_sample(scenario, tmp_path / "image")
+    assert sample.figures["known_faults_logged"] == 31
+    assert sample.figures["faults"] > 31
+    assert not any("known faults" in warning for warning in sample.warnings)
+
+
+async def test_more_known_faults_than_the_working_set_has_room_for_are_refused(
+    tmp_path: Path,
+) -> None:
+    scenario = Scenario(
+        machine=lab.Machine(ram_mib=128),
+        workload=lab.Workload("idle", wss_mib=16),
+        instruments=Instruments(known_faults=101),
+    )
+    with pytest.raises(lab.LabError, match=r"the working set reaches over \d+ pieces"):
+        await take_sample(scenario, tmp_path / "image")
