@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lab import figures, plots
+from lab.anatomy import STAGES
 from lab.floor.summary import df_floor_readable, skipped
+from lab.overhead import (
+    df_overhead,
+    df_overhead_readable,
+    recorded_overhead,
+    sampling_cost,
+    varied_instruments,
+)
 from lab.run import RunSet
 from lab.summary import definitions, df_methods, df_readable, shown, warnings_of
 from lab.tables import COLUMNS, METRICS, df_runs
@@ -71,10 +80,6 @@ _FLOOR_LIMITS = (
     "Figures are of one host. Nested virtualisation makes inter-processor interrupts, and with "
     "them releasing a page while another thread runs, several times dearer than on bare metal.",
 )
-
-
-# Figures of what another figure is of, too.
-_NEEDED = {"stages": "faults", "all-phases": "phases"}
 
 
 def _png(axes: Axes | list[Axes]) -> str:
@@ -141,7 +146,9 @@ def render_report(run_set: RunSet) -> str:
     caveats = warnings_of(run_set)
     if caveats:
         parts += _list("Caveats of this set", caveats)
+    parts += _method_of_measuring(run_set)
     parts += _figures(run_set)
+    parts += _instruments(run_set)
     parts.append("<h2>Every run</h2>" + _table(_every_run(run_set)))
     parts.append("<h2>What each number is</h2>" + _table(definitions(), "text"))
     parts += _list("What the numbers do not show", _LIMITS)
@@ -227,24 +234,129 @@ def _tail(run_set: RunSet) -> list[str]:
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Figure:
+    """A figure of the report: `needs` is what `figures.available` has to say of it."""
+
+    title: str
+    needs: str
+    draw: Callable[[RunSet], Axes | list[Axes]]
+    caption: str
+
+
+_FIGURES = (
+    _Figure(
+        title="What a snapshot costs",
+        needs="cost",
+        draw=figures.cost_figure,
+        caption="A point is one boot, the bar their median. The definitions are below.",
+    ),
+    _Figure(
+        title="The guest around the snapshot",
+        needs="slowdown",
+        draw=figures.slowdown_figure,
+        caption="One boot a method, the one of median duration: operations that the guest "
+        "completed in each bin of 10 ms, by a counter in its memory that is read from outside, "
+        "against the second before the request. It does not show single slow operations, nor how "
+        "boots differ.",
+    ),
+    _Figure(
+        title="Write faults",
+        needs="faults",
+        draw=figures.faults_figure,
+        caption="Share of the write faults that were served within a time, a line a boot, from "
+        "the log of the patched QEMU: reading the kernel's message until the return of the call "
+        "that releases the page. The way of a fault to the handler and back is not in it.",
+    ),
+    _Figure(
+        title="What becomes of a write fault",
+        needs="faults",
+        draw=figures.stages_figure,
+        caption="The same faults by stage, as far as the engine has it: "
+        + "; ".join(f"{stage}: {meaning}" for stage, meaning in STAGES.items())
+        + ". Faults on pages that another thread had saved are left out.",
+    ),
+    _Figure(
+        title="What the guest's own operations took",
+        needs="stalls",
+        draw=figures.stalls_figure,
+        caption="By the guest's own clock, which stops with the VM: no pause is in it. Every "
+        "operation longer than 4 us between request and completion, whatever held it up; the "
+        "dashed lines are the second before.",
+    ),
+    _Figure(
+        title="The pause",
+        needs="phases",
+        draw=figures.phases_figure,
+        caption="The phases in which no vCPU runs, by the engine's clock, a bar a boot. QEMU's "
+        "handling of the events around them is not in it.",
+    ),
+    _Figure(
+        title="Every phase, the guest running in most of them",
+        needs="phases",
+        draw=figures.phase_times_figure,
+        caption="A point is one boot, the bar their median; by the engine's clock.",
+    ),
+)
+
+
 def _figures(run_set: RunSet) -> list[str]:
-    wanted: dict[str, tuple[str, Callable[[RunSet], Axes | list[Axes]]]] = {
-        "cost": ("What a snapshot costs", figures.cost_figure),
-        "slowdown": ("The guest around the snapshot", figures.slowdown_figure),
-        "faults": ("Write faults", figures.faults_figure),
-        "stages": ("What becomes of a write fault", figures.stages_figure),
-        "stalls": ("What the guest's own operations took", figures.stalls_figure),
-        "phases": ("The pause", figures.phases_figure),
-        "all-phases": (
-            "Every phase, the guest running in most of them",
-            figures.phase_times_figure,
-        ),
-    }
     have = figures.available(run_set)
     parts = []
     with plots.styled():
-        for name, (title, draw) in wanted.items():
-            if have[_NEEDED.get(name, name)]:
-                parts.append(f"<h2>{title}</h2>" + _png(draw(run_set)))
+        for figure in _FIGURES:
+            if have[figure.needs]:
+                parts.append(f"<h2>{figure.title}</h2>" + _png(figure.draw(run_set)))
+                parts.append(f"<p class=note>{html.escape(figure.caption)}</p>")
     figures.close_all()
+    return parts
+
+
+def _method_of_measuring(run_set: RunSet) -> list[str]:
+    """How often and in which order, for a reader who has nothing but this page."""
+    plan = run_set.record.plan
+    items = [
+        "Each run is a boot of its own. A round holds every "
+        + ("case" if run_set.varied else "method")
+        + f" once, in an order drawn anew (seed {plan.get('seed')}), so that what changes on the "
+        f"host reaches all alike. {len(run_set.measured())} runs count, of "
+        f"{plan.get('repeats')} rounds"
+        + (f" after {plan['warmups']} that do not" if plan.get("warmups") else "")
+        + ".",
+        "The guest runs its workload until its rate is even, then a second for the baseline, then "
+        "the snapshot is requested; progress is recorded until the old rate is back, for 5 s at "
+        "most.",
+        "All times are the host's CLOCK_MONOTONIC but those of the guest's own operations.",
+    ]
+    return _list("How it was measured", items)
+
+
+def _instruments(run_set: RunSet) -> list[str]:
+    """What measuring itself costs: from the set, where it was varied, and else from the recorded
+    set that did so.
+    """
+    parts = ["<h2>What the instruments cost</h2>"]
+    source: RunSet | None = run_set if varied_instruments(run_set) else recorded_overhead()
+    if source is None:
+        parts.append(
+            "<p>Not measured in this set, and the lab's recorded set is not at hand: measure with "
+            "<code>lab measure --vary log-faults=yes,no</code>.</p>"
+        )
+    else:
+        where = "In this set" if source is run_set else "Measured in another set, not in this one"
+        parts.append(f"<p>{where}: {html.escape(plots.stamp_text(source))}.</p>")
+        parts.append(_table(df_overhead_readable(df_overhead(source))))
+        parts.append(
+            "<p class=note>Medians over boots without and with each instrument, whatever else was "
+            "on; ratio of medians [interval, 95 %], p of the permutation test. Noise is half the "
+            "distance of the quartiles of the boots without it, as a share of their median. "
+            "Samples: 1 ms apart against 20 ms.</p>"
+        )
+    sampling = sampling_cost(run_set)
+    if len(sampling):
+        parts.append("<p>Reading the guest's progress, in this set:</p>")
+        sampling["read_us"] = [f"{value:.1f}" for value in sampling["read_us"]]
+        sampling["share"] = [f"{value:.2f}" for value in sampling["share"]]
+        names = {"read_us": "one read, us", "share": "of one CPU, %"}
+        parts.append(_table(sampling.rename(columns=names)))
     return parts
