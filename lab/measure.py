@@ -40,11 +40,12 @@ from lab.scenario import (
     to_json,
 )
 from lab.tables import DEVICES, METRICS, SUMMARY_FIELDS
+from lab.warmth import WarmMemory
 
 log = logging.getLogger(__name__)
 
 # Shown before the first run has been timed: boot, settle, baseline, snapshot, tail at 1 GiB.
-TYPICAL_RUN_S = 15.0
+TYPICAL_RUN_S = 11.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +268,7 @@ async def measure(
     :raise RunError: `out` holds something else.
     """
     run_set = open_set(out, plan, ground, note)
-    with run_set.lock():
+    with run_set.lock(), WarmMemory() as warm:
         taken = {r.record.order for r in run_set}
         missing = [slot for slot in slots(plan) if slot.order not in taken]
         started = time.monotonic()
@@ -284,7 +285,7 @@ async def measure(
                     )
                 )
             recorded = await _one(
-                run_set, plan, slot, image_dir, ground, note, keep_images, sampler
+                run_set, plan, slot, image_dir, ground, note, keep_images, sampler, warm
             )
             if on_run is not None:
                 on_run(recorded)
@@ -337,12 +338,15 @@ async def _one(
     note: str,
     keep_images: bool,
     sampler: Sampler,
+    warm: WarmMemory,
 ) -> run.Run:
     scenario = slot.case.scenario
     created = run.utc_now()
     image = image_dir / f"{run_set.name}-{slot.order:03d}-{scenario.method}.snap"
     try:
-        sample = await sampler(scenario, image, verify=plan.verify, keep_image=keep_images)
+        sample = await sampler(
+            scenario, image, verify=plan.verify, keep_image=keep_images, warm=warm
+        )
     except (HostError, UsageError):
         # The next run would fail in the same way.
         raise

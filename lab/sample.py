@@ -12,8 +12,7 @@ import contextlib
 import dataclasses
 import gc
 import logging
-import mmap
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ import pandas as pd
 import psutil
 
 from lab.errors import LabError
-from lab.host import available_memory_mib, require_disk
+from lab.host import require_disk
 from lab.instruments.hostmemory import df_host_memory, memory_summary, read_host_memory
 from lab.instruments.knownfaults import KnownFaults
 from lab.instruments.phases import buffer_summary
@@ -32,6 +31,7 @@ from lab.instruments.writelatency import stall_summary
 from lab.run import Marks, Outcome
 from lab.scenario import Scenario
 from lab.tables import BASELINE_NS, NS_PER_MS, NS_PER_S, fault_summary, find_back, slowdown
+from lab.warmth import WarmMemory
 from lab.workdir import private_folder
 
 if TYPE_CHECKING:
@@ -57,10 +57,6 @@ POLL_S = 0.1
 # A sampler that slept longer than this has not seen a shorter stall inside it.
 SAMPLER_GAP_NS = 10 * NS_PER_MS
 
-MADV_POPULATE_WRITE = 23
-TOUCH_CHUNK_BYTES = 32 << 20
-TOUCH_MARGIN_MIB = 512
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -76,32 +72,6 @@ class Sample:
     logs: Mapping[str, bytes] = field(default_factory=dict)
     host: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-
-
-@contextlib.asynccontextmanager
-async def warm_host_memory(ram_mib: int) -> AsyncIterator[None]:
-    """Hold about as much host memory as a snapshot of the guest is going to use, touched, and let
-    go of it at the end.
-
-    Under a hypervisor that takes free memory back, memory that nobody has used lately is slow to
-    get: without this, durations vary by a factor of three with what ran before.  Such a host may
-    take it back within half a second, so what is measured has to follow at once.  At most half of
-    what is available is held.
-    """
-    size = min(ram_mib + TOUCH_MARGIN_MIB, available_memory_mib() // 2) << 20
-    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        for start in range(0, size, TOUCH_CHUNK_BYTES):
-            length = min(TOUCH_CHUNK_BYTES, size - start)
-            try:
-                memory.madvise(MADV_POPULATE_WRITE, start, length)
-            except OSError:
-                # Linux before 5.14 does not know it: write to every page instead.
-                memory[start : start + length : mmap.PAGESIZE] = bytes(length // mmap.PAGESIZE)
-            # A chunk takes about 10 ms: interrupts and heartbeats get their turn in between.
-            await asyncio.sleep(0)
-        yield
 
 
 def check_room(image_dir: Path, ram_mib: int) -> None:
@@ -200,7 +170,12 @@ def sampler_warnings(
 
 
 async def take_sample(
-    scenario: Scenario, image: Path, *, verify: bool = False, keep_image: bool = False
+    scenario: Scenario,
+    image: Path,
+    *,
+    verify: bool = False,
+    keep_image: bool = False,
+    warm: WarmMemory | None = None,
 ) -> Sample:
     """Boot, settle, record a baseline, take the snapshot into `image`, record until the old rate
     is back.
@@ -210,6 +185,7 @@ async def take_sample(
     :param verify: afterwards, take another snapshot of the same guest, restore it and compare all
         of RAM.
     :param keep_image: leave the image of the timed snapshot behind.
+    :param warm: holds host memory from one sample of a campaign to the next.
 
     :raise LabError: anything that kept the snapshot from being taken; nothing is left running.
     """
@@ -220,20 +196,25 @@ async def take_sample(
     machine, workload = scenario.machine, scenario.workload
     check_room(image.parent, machine.ram_mib)
     host = {"image_filesystem": filesystem_of(image.parent)}
+    if warm is not None:
+        warm.make_room(machine.ram_mib)
     async with boot(machine, workload, binary=scenario.variant) as vm:
         try:
-            sample = await _timed(vm, scenario, image)
+            with WarmMemory() as own:
+                sample = await _timed(vm, scenario, image, warm or own)
         finally:
             if not keep_image:
                 image.unlink(missing_ok=True)
                 sidecar_path(image).unlink(missing_ok=True)
+        if warm is not None:
+            await warm.hold_again(machine.ram_mib)
         if verify:
             sample = await _verified(vm, scenario, image.parent, sample)
         logs = {"qemu.log": vm.process.log_text().encode()}
     return dataclasses.replace(sample, host=host, logs=logs)
 
 
-async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
+async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> Sample:
     from lab.snapshot import WINDOWS, take
 
     warnings = []
@@ -253,12 +234,13 @@ async def _timed(vm: VM, scenario: Scenario, image: Path) -> Sample:
         memory = read_host_memory(vm.pid) if instruments.read_host_memory else None
         latency = await vm.write_latency() if scenario.workload.time_writes else None
         with no_garbage_collection():
-            async with warm_host_memory(scenario.machine.ram_mib):
-                if latency is not None:
-                    latency.read()
-                if threads is not None:
-                    threads.read()
-                await asyncio.sleep(BASELINE_NS / NS_PER_S + BASELINE_MARGIN_S)
+            await warm.hold(scenario.machine.ram_mib)
+            if latency is not None:
+                latency.read()
+            if threads is not None:
+                threads.read()
+            await asyncio.sleep(BASELINE_NS / NS_PER_S + BASELINE_MARGIN_S)
+            warm.release()
             if known is not None:
                 await stack.enter_async_context(known.written_on_resume(vm))
             snapshot = await take(

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 
 from lab import run, sample
@@ -316,14 +315,6 @@ def test_too_little_room_for_an_image_is_refused_before_anything_boots(
 def test_the_file_system_of_a_folder_has_a_name(tmp_path: Path) -> None:
     assert sample.filesystem_of(tmp_path)
     assert sample.filesystem_of(Path("/proc/self")) == "proc"
-
-
-async def test_host_memory_is_held_while_it_is_warmed_and_then_let_go() -> None:
-    resident = psutil.Process().memory_info
-    before = resident().rss
-    async with sample.warm_host_memory(8):
-        assert resident().rss - before > (sample.TOUCH_MARGIN_MIB << 20) // 2
-    assert resident().rss - before < (sample.TOUCH_MARGIN_MIB << 20) // 2
 
 
 Make = Callable[..., run.RunSet]
