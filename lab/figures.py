@@ -12,6 +12,7 @@ from lab import plots, tables
 from lab.anatomy import df_fault_stages
 from lab.errors import RunError, UsageError
 from lab.floor.summary import df_floor_medians
+from lab.overhead import df_overhead
 from lab.run import Run, RunSet
 from lab.summary import heading
 
@@ -163,6 +164,22 @@ def varied_figure(
     axes = plots.plot_varied(tables.df_runs(run_set), x, titles, by=by)
     plots.stamp(axes[0], plots.stamp_text(run_set))
     return axes
+
+
+def against_figure(
+    run_set: RunSet, x: str, metrics: Sequence[str], *, x_title: str | None = None
+) -> list[Axes]:
+    """What depends on the number `x`, a column of `lab.tables.df_runs`; a line a method."""
+    titles = {metric: heading(metric) for metric in metrics}
+    axes = plots.plot_against(tables.df_runs(run_set), x, titles, x_title=x_title)
+    plots.stamp(axes[0], plots.stamp_text(run_set))
+    return axes
+
+
+def overhead_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
+    """What each instrument changes, as a ratio with its interval, beside the noise of boots."""
+    ax = plots.plot_overhead(df_overhead(run_set), ax=ax)
+    return plots.stamp(ax, plots.stamp_text(run_set))
 
 
 def stalls_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:

@@ -354,6 +354,17 @@ def plot_fault_stages(stages: pd.DataFrame, *, axes: Sequence[Axes] | None = Non
     return drawn
 
 
+def _log_y(ax: Axes, values: pd.Series[float]) -> None:
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(FuncFormatter(_plain))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    if len(values):
+        low, high = values.min() / 1.4, values.max() * 1.4
+        ax.set_ylim(low, high)
+        steps = (1, 2, 3, 5) if high / low < 30 else (1,)
+        ax.yaxis.set_major_locator(LogLocator(subs=steps))
+
+
 def plot_varied(
     runs: pd.DataFrame,
     x: str,
@@ -396,14 +407,7 @@ def plot_varied(
             heights = [middle[values[place]] for place in places]
             where = np.asarray(places) + shift
             ax.plot(where, heights, color=shade, linewidth=1.4, label=str(group))
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(FuncFormatter(_plain))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-        if len(positive):
-            low, high = positive[metric].min() / 1.4, positive[metric].max() * 1.4
-            ax.set_ylim(low, high)
-            steps = (1, 2, 3, 5) if high / low < 30 else (1,)
-            ax.yaxis.set_major_locator(LogLocator(subs=steps))
+        _log_y(ax, positive[metric])
         slant = {"rotation": 30, "ha": "right"} if any(len(str(v)) > 5 for v in values) else {}
         ax.set_xticks(range(len(values)), [str(value) for value in values], **slant)
         ax.set_xlabel(x)
@@ -412,6 +416,77 @@ def plot_varied(
     if len(groups) > 1:
         drawn[0].legend(fontsize=7)
     return drawn
+
+
+def plot_against(
+    runs: pd.DataFrame,
+    x: str,
+    metrics: Mapping[str, str],
+    *,
+    x_title: str | None = None,
+    axes: Sequence[Axes] | None = None,
+) -> list[Axes]:
+    """What depends on a number, both on log scales: one panel a metric, one point a boot, a line
+    through the medians of cases, method by method.
+
+    :param runs: `lab.tables.df_runs`; warm-ups and runs that are not ok are left out, and so is
+        what is not positive, of which the title says how much.
+    :param x: a column that is a number, varied or measured.
+    :param metrics: column -> title of its panel, with the unit.
+    """
+    data = runs[(runs["outcome"] == "ok") & ~runs["warmup"]]
+    if axes is None:
+        with styled():
+            size = (2.6 * len(metrics) + 0.5, 2.9)
+            axes = np.atleast_1d(plt.subplots(1, len(metrics), figsize=size)[1]).tolist()
+    drawn = list(axes)
+    methods = _in_order(data["method"])
+    for ax, (metric, title) in zip(drawn, metrics.items(), strict=True):
+        positive = data[(data[metric] > 0) & (data[x] > 0)]
+        hidden = int(data[metric].notna().sum()) - len(positive)
+        for method in methods:
+            part = positive[positive["method"] == method]
+            shade = colour(method)
+            points = {"color": shade, "markersize": 4, "alpha": 0.6}
+            ax.plot(part[x].to_numpy(), part[metric].to_numpy(), marker(method), **points)
+            middle = part.groupby("case")[[x, metric]].median().sort_values(x)
+            ax.plot(middle[x], middle[metric], color=shade, linewidth=1.4, label=method)
+        if len(positive):
+            _log_x(ax, positive[x])
+        _log_y(ax, positive[metric])
+        ax.set_xlabel(x_title or x, fontsize=9)
+        ax.set_title(f"{title} ({hidden} not shown)" if hidden else title, fontsize=9)
+        ax.tick_params(labelsize=8)
+    if len(methods) > 1:
+        drawn[0].legend(fontsize=7)
+    return drawn
+
+
+def plot_overhead(overhead: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """What each instrument changes: the ratio with / without, its interval as a line, and as a grey
+    band what boots without it differ by anyway.  Ratios that are not known are left out.
+
+    :param overhead: `lab.overhead.df_overhead`.
+    """
+    known = overhead[overhead["ratio"].notna()]
+    if ax is None:
+        with styled():
+            ax = plt.subplots(figsize=(6.5, 1 + 0.26 * max(4, len(known))))[1]
+    instruments = list(dict.fromkeys(known["instrument"]))
+    labels: list[str] = []
+    for row, one in enumerate(known.to_dict("records")):
+        shade = COLOURS[instruments.index(one["instrument"]) % len(COLOURS)]
+        ax.barh(row, 2 * one["noise"], left=1 - one["noise"], height=0.8, color="#e4e4e4", zorder=0)
+        ax.plot([one["low"], one["high"]], [row, row], color=shade, linewidth=1.6)
+        ax.plot([one["ratio"]], [row], "o", color=shade, markersize=5)
+        labels.append(f"{one['instrument']}: {one['metric']}")
+    ax.axvline(1, color="#999999", linewidth=0.8)
+    ax.set_yticks(range(len(labels)), labels, fontsize=8)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.grid(visible=False, axis="y")
+    ax.set_xlabel("with / without")
+    ax.set_title("What each instrument changes (band: noise of boots)")
+    return ax
 
 
 def plot_cost(runs: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> list[Axes]:

@@ -175,6 +175,15 @@ def test_a_varied_parameter_is_drawn_in_its_order_and_what_has_no_place_is_said(
     assert np.asarray(line.get_ydata()).tolist() == [1.0, 256.0, 1792.0]
 
 
+def test_what_is_measured_is_drawn_against_a_number_on_log_scales() -> None:
+    (ax,) = plots.plot_against(varied_runs(), "chunk_kib", {"lost_work_ms": "lost work"})
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert ax.get_title() == "lost work (2 not shown)"
+    line = ax.get_lines()[-1]
+    assert np.asarray(line.get_xdata()).tolist() == [256.0, 512.0, 2048.0]
+    assert np.asarray(line.get_ydata()).tolist() == [1.0, 256.0, 1792.0]
+
+
 def test_only_what_a_set_varied_can_be_drawn(make_synthetic_set: MakeSet) -> None:
     with pytest.raises(RunError, match="varied: nothing"):
         figures.varied_figure(make_synthetic_set(), "chunk_kib", ["lost_work_ms"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lab import overhead, run
+from lab import figures, overhead, run
 from lab.errors import RunError
 from lab.measure import Ground, Plan, measure
 from lab.report import render_report
@@ -77,6 +77,15 @@ async def test_what_an_instrument_finds_itself_says_nothing_about_its_cost(
     assert ("fault log", "faults") not in found
     assert ("times of threads", "qemu_cpu_ms") not in found
     assert ("fault log", "qemu_cpu_ms") in found
+
+
+async def test_what_instruments_change_is_drawn_beside_the_noise(measured: run.RunSet) -> None:
+    ax = figures.overhead_figure(measured)
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    # A ratio that is not known has no place.
+    assert "fault log: duration_ms" in labels
+    assert "fault log: lost_work_ms" not in labels
+    assert len(ax.patches) == len(labels)
 
 
 def test_a_set_with_the_same_instruments_throughout_can_not_say(
