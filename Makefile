@@ -1,6 +1,7 @@
 # Thin: the work is in lab/bootstrap.sh and the `lab` command.
 
 PROFILE ?= quick
+REPRODUCE_ARGS ?=
 PYTHON := .venv/bin/python
 PYTEST_ARGS ?=
 QTEST_ARGS ?=
@@ -17,8 +18,8 @@ setup: ## install what is missing: Debian packages (as root), .venv/
 build: setup ## build QEMU, patched and unpatched, and the guest
 	@$(PYTHON) -m lab build
 
-reproduce: setup ## measure every method on this machine; PROFILE=quick (default) or full
-	@$(PYTHON) -m lab reproduce --profile $(PROFILE)
+reproduce: setup ## measure every method on this machine; PROFILE=quick (default) or full; REPRODUCE_ARGS
+	@$(PYTHON) -m lab reproduce --profile $(PROFILE) $(REPRODUCE_ARGS)
 
 test: build lint ## everything that must be green: lint, types, tests
 	@$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)

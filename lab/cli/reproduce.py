@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ class Profile:
 PROFILES = {
     # Of the order of minutes on 2 CPUs; three boots show a factor, not a percentage.
     "quick": Profile(machine=Machine(), workload=Workload(), repeats=3),
-    "full": Profile(machine=Machine(), workload=Workload(), repeats=9, every_set=True),
+    "full": Profile(machine=Machine(), workload=Workload(), repeats=6, every_set=True),
 }
 
 
@@ -55,6 +55,13 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--out", type=Path, metavar="DIR", help="the run set (default: data/PROFILE-TIME here)"
     )
     parser.add_argument(
+        "--repeats",
+        type=int,
+        metavar="N",
+        help="boots a case in every set, rounds of the floor (default: the profile's, and those "
+        "of the recorded sets); 1 shows whether all works here",
+    )
+    parser.add_argument(
         "--beside",
         action="store_true",
         help="also write a page that shows every figure beside the recorded one; with --out of a "
@@ -70,23 +77,23 @@ async def _reproduce(args: argparse.Namespace) -> int:
     from lab.qemu.build import ensure_qemu
 
     profile = PROFILES[args.profile]
-    with ProgressLine() as line:
-        await ensure_qemu(line)
-        await ensure_guest(line)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     out = args.out or Path("data") / f"{args.profile}-{stamp}"
     plan = Plan(
         methods=tuple(METHODS),
         machine=profile.machine,
         workload=profile.workload,
-        repeats=profile.repeats,
+        repeats=profile.repeats if args.repeats is None else args.repeats,
     )
+    with ProgressLine() as line:
+        await ensure_qemu(line)
+        await ensure_guest(line)
     note = f"lab reproduce --profile {args.profile}"
     done = await _measured(plan, out, note)
     print_table(done)
     own = {MAIN_SET: done}
     if profile.every_set:
-        own |= await _other_sets(out / "sets", note)
+        own |= await _other_sets(out / "sets", note, args.repeats)
     await write_up(done, own, beside=args.beside)
     return 0 if all(run.ok for measured in own.values() for run in measured) else 1
 
@@ -108,8 +115,11 @@ async def _measured(plan: "Plan", out: Path, note: str) -> "RunSet":
     return await run_campaign(plan, out, note=note)
 
 
-async def _other_sets(folder: Path, note: str) -> "dict[str, RunSet]":
-    """Measure again, by its own plan, every other set that a notebook shows."""
+async def _other_sets(folder: Path, note: str, repeats: int | None) -> "dict[str, RunSet]":
+    """Measure again, by its own plan, every other set that a notebook shows.
+
+    :param repeats: instead of those of the plans.
+    """
     from lab.cli.measure_floor import run_floor
     from lab.floor.plan import FloorPlan
     from lab.measure import plan_here
@@ -131,9 +141,13 @@ async def _other_sets(folder: Path, note: str) -> "dict[str, RunSet]":
                 for key, value in recorded.record.plan.items()
                 if key not in ("kind", "methods")
             }
+            document |= {} if repeats is None else {"repeats": repeats}
             own[name] = await run_floor(from_json(FloorPlan, document), out, note=note)
         else:
-            own[name] = await _measured(plan_here(recorded), out, note)
+            plan = plan_here(recorded)
+            if repeats is not None:
+                plan = replace(plan, repeats=repeats, warmups=0)
+            own[name] = await _measured(plan, out, note)
     return own
 
 
