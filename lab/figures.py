@@ -16,6 +16,9 @@ from lab.overhead import df_overhead
 from lab.run import Run, RunSet
 from lab.summary import heading
 
+SLOWDOWN_BIN_MS = 10.0
+"""Width of the bins in which the guest's speed around a snapshot is drawn by default."""
+
 
 def typical_run(run_set: RunSet, case: str) -> Run:
     """The run of a method (or case) whose duration is the (lower) median: the one to show when only
@@ -81,7 +84,7 @@ def slowdown_figure(
     run_set: RunSet,
     methods: Sequence[str] | None = None,
     *,
-    bin_ms: float = 10,
+    bin_ms: float = SLOWDOWN_BIN_MS,
     ax: Axes | None = None,
 ) -> Axes:
     """Guest speed around the snapshot, the typical run of each method."""

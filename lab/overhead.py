@@ -24,34 +24,28 @@ from lab.tables import df_runs
 
 @dataclass(frozen=True, kw_only=True)
 class Instrument:
-    """One instrument: what it is called, and the value of its parameter that means without it.
+    """One instrument: what it is called, and its parameter.
 
-    `finds` is the prefix of the metrics that it makes itself, on which it can have no effect.
+    Without it is where the parameter is False, or where it is the largest number that the set has:
+    samples can not be left out, only be made rare, because cost is computed from them.  `finds` are
+    prefixes of the metrics that it makes itself, on which it can have no effect.
     """
 
     title: str
     parameter: str
-    without: bool | int
-    finds: tuple[str, ...]
+    finds: tuple[str, ...] = ()
 
 
 INSTRUMENTS: Sequence[Instrument] = (
-    Instrument(title="fault log", parameter="log_faults", without=False, finds=("fault",)),
+    Instrument(title="fault log", parameter="log_faults", finds=("fault",)),
     Instrument(
-        title="times of threads",
-        parameter="time_threads",
-        without=False,
-        finds=("qemu_cpu_ms", "vcpu_wait_ms"),
+        title="times of threads", parameter="time_threads", finds=("qemu_cpu_ms", "vcpu_wait_ms")
     ),
     Instrument(
-        title="host memory",
-        parameter="read_host_memory",
-        without=False,
-        finds=("rss", "thp", "page_cache"),
+        title="host memory", parameter="read_host_memory", finds=("rss", "thp", "page_cache")
     ),
-    # Not left out but made so rare that a snapshot has few samples: cost is computed from them.
-    Instrument(title="samples", parameter="sample_interval_us", without=20_000, finds=()),
-    Instrument(title="guest's clock", parameter="time_writes", without=False, finds=("stall",)),
+    Instrument(title="samples", parameter="sample_interval_us"),
+    Instrument(title="guest's clock", parameter="time_writes", finds=("stall",)),
 )
 
 COST = ("baseline_ops_per_s", "pause_ms", "duration_ms", "lost_work_ms", "qemu_cpu_ms", "faults")
@@ -99,7 +93,7 @@ def df_overhead(run_set: RunSet, metrics: Sequence[str] = COST) -> pd.DataFrame:
             of_method = [run for run in runs if run.record.method == method]
             off, on = _split(of_method, one)
             for metric in metrics:
-                if metric.startswith(one.finds or ("\0",)):
+                if metric.startswith(one.finds):
                     continue
                 row = _row(off, on, metric)
                 if row is not None:
@@ -116,12 +110,13 @@ _COLUMNS = (
 
 
 def _split(runs: Sequence[Run], one: Instrument) -> tuple[list[Run], list[Run]]:
-    off: list[Run] = []
-    on: list[Run] = []
-    for run in runs:
-        value = recorded_dimension(run.record.scenario, one.parameter)
-        (off if value == one.without else on).append(run)
-    return off, on
+    values = [recorded_dimension(run.record.scenario, one.parameter) for run in runs]
+    without = False if False in values else max(values)
+    pairs = list(zip(runs, values, strict=True))
+    return (
+        [run for run, value in pairs if value == without],
+        [run for run, value in pairs if value != without],
+    )
 
 
 def _row(off: Sequence[Run], on: Sequence[Run], metric: str) -> Mapping[str, Any] | None:

@@ -354,6 +354,14 @@ def plot_fault_stages(stages: pd.DataFrame, *, axes: Sequence[Axes] | None = Non
     return drawn
 
 
+def _panels(count: int) -> list[Axes]:
+    """So many axes beside each other, in a figure of their own."""
+    with styled():
+        size = (2.6 * count + 0.5, 2.9)
+        axes: list[Axes] = np.atleast_1d(plt.subplots(1, count, figsize=size)[1]).tolist()
+    return axes
+
+
 def _log_y(ax: Axes, values: pd.Series[float]) -> None:
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(FuncFormatter(_plain))
@@ -382,11 +390,7 @@ def plot_varied(
     :param by: column whose values get a line each.
     """
     data = runs[(runs["outcome"] == "ok") & ~runs["warmup"]]
-    if axes is None:
-        with styled():
-            size = (2.6 * len(metrics) + 0.5, 2.9)
-            axes = np.atleast_1d(plt.subplots(1, len(metrics), figsize=size)[1]).tolist()
-    drawn = list(axes)
+    drawn = _panels(len(metrics)) if axes is None else list(axes)
     values = data[x].unique().tolist()
     values = values if data[x].dtype == object else sorted(values)
     groups = _in_order(data[by]) if by == "method" else sorted(data[by].unique(), key=str)
@@ -400,7 +404,7 @@ def plot_varied(
             at = part[x].map(values.index).to_numpy(dtype=np.float64)
             # Groups beside each other, so that they do not hide each other.
             shift = 0.12 * (k - (len(groups) - 1) / 2)
-            points = {"color": shade, "markersize": 4, "alpha": 0.6}
+            points: dict[str, Any] = {"color": shade, "markersize": 4, "alpha": 0.6}
             ax.plot(at + shift, part[metric].to_numpy(dtype=np.float64), shape, **points)
             middle = part.groupby(x)[metric].median()
             places = sorted(values.index(value) for value in middle.index)
@@ -408,7 +412,8 @@ def plot_varied(
             where = np.asarray(places) + shift
             ax.plot(where, heights, color=shade, linewidth=1.4, label=str(group))
         _log_y(ax, positive[metric])
-        slant = {"rotation": 30, "ha": "right"} if any(len(str(v)) > 5 for v in values) else {}
+        is_long = any(len(str(value)) > 5 for value in values)
+        slant: dict[str, Any] = {"rotation": 30, "ha": "right"} if is_long else {}
         ax.set_xticks(range(len(values)), [str(value) for value in values], **slant)
         ax.set_xlabel(x)
         ax.set_title(f"{title} ({hidden} not shown)" if hidden else title, fontsize=9)
@@ -435,11 +440,7 @@ def plot_against(
     :param metrics: column -> title of its panel, with the unit.
     """
     data = runs[(runs["outcome"] == "ok") & ~runs["warmup"]]
-    if axes is None:
-        with styled():
-            size = (2.6 * len(metrics) + 0.5, 2.9)
-            axes = np.atleast_1d(plt.subplots(1, len(metrics), figsize=size)[1]).tolist()
-    drawn = list(axes)
+    drawn = _panels(len(metrics)) if axes is None else list(axes)
     methods = _in_order(data["method"])
     for ax, (metric, title) in zip(drawn, metrics.items(), strict=True):
         positive = data[(data[metric] > 0) & (data[x] > 0)]
@@ -447,7 +448,7 @@ def plot_against(
         for method in methods:
             part = positive[positive["method"] == method]
             shade = colour(method)
-            points = {"color": shade, "markersize": 4, "alpha": 0.6}
+            points: dict[str, Any] = {"color": shade, "markersize": 4, "alpha": 0.6}
             ax.plot(part[x].to_numpy(), part[metric].to_numpy(), marker(method), **points)
             middle = part.groupby("case")[[x, metric]].median().sort_values(x)
             ax.plot(middle[x], middle[metric], color=shade, linewidth=1.4, label=method)

@@ -25,6 +25,7 @@ from lab.overhead import (
     varied_instruments,
 )
 from lab.run import RunSet
+from lab.sample import TAIL_LIMIT_S
 from lab.summary import definitions, df_methods, df_readable, shown, warnings_of
 from lab.tables import COLUMNS, METRICS, df_runs
 
@@ -256,9 +257,9 @@ _FIGURES = (
         needs="slowdown",
         draw=figures.slowdown_figure,
         caption="One boot a method, the one of median duration: operations that the guest "
-        "completed in each bin of 10 ms, by a counter in its memory that is read from outside, "
-        "against the second before the request. It does not show single slow operations, nor how "
-        "boots differ.",
+        f"completed in each bin of {figures.SLOWDOWN_BIN_MS:g} ms, by a counter in its memory that "
+        "is read from outside, against the second before the request. It does not show single slow "
+        "operations, nor how boots differ.",
     ),
     _Figure(
         title="Write faults",
@@ -324,8 +325,8 @@ def _method_of_measuring(run_set: RunSet) -> list[str]:
         + (f" after {plan['warmups']} that do not" if plan.get("warmups") else "")
         + ".",
         "The guest runs its workload until its rate is even, then a second for the baseline, then "
-        "the snapshot is requested; progress is recorded until the old rate is back, for 5 s at "
-        "most.",
+        "the snapshot is requested; progress is recorded until the old rate is back, for "
+        f"{TAIL_LIMIT_S:g} s at most.",
         "All times are the host's CLOCK_MONOTONIC but those of the guest's own operations.",
     ]
     return _list("How it was measured", items)
@@ -350,7 +351,7 @@ def _instruments(run_set: RunSet) -> list[str]:
             "<p class=note>Medians over boots without and with each instrument, whatever else was "
             "on; ratio of medians [interval, 95 %], p of the permutation test. Noise is half the "
             "distance of the quartiles of the boots without it, as a share of their median. "
-            "Samples: 1 ms apart against 20 ms.</p>"
+            "Samples are not left out but taken as seldom as in any boot of the set.</p>"
         )
     sampling = sampling_cost(run_set)
     if len(sampling):

@@ -206,10 +206,11 @@ async def take_sample(
             if not keep_image:
                 image.unlink(missing_ok=True)
                 sidecar_path(image).unlink(missing_ok=True)
-        if warm is not None:
-            await warm.hold_again(machine.ram_mib)
         if verify:
+            # The restored guest needs memory of its own, so nothing is held meanwhile.
             sample = await _verified(vm, scenario, image.parent, sample)
+        elif warm is not None:
+            await warm.hold_again(machine.ram_mib)
         logs = {"qemu.log": vm.process.log_text().encode()}
     return dataclasses.replace(sample, host=host, logs=logs)
 

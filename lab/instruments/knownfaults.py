@@ -6,8 +6,9 @@ protected page: the writing thread waits until the engine has saved and released
 would.  The kernel names the thread with every fault, so the log says which faults these are.
 
 Each page lies in 2 MiB of its own, so that no engine releases one because of another.  A page that
-the sweep has released before it is written to makes no fault: the image has to be written slowly
-(`storage_mib_per_s`) for the answer to be exact.
+the sweep has released before it is written to makes no fault.  So the pages are taken from the end
+of RAM, where a sweep comes last, and are written to at once when the guest goes on; the answer is
+exact as long as the sweep has more than a moment's work before it gets there.
 """
 
 from __future__ import annotations

@@ -89,8 +89,9 @@ async def test_the_fault_log_has_exactly_the_faults_that_were_made(
 ) -> None:
     # A prime: it is no multiple of anything that could be counted instead.
     scenario = Scenario(
-        machine=lab.Machine(ram_mib=256),
-        workload=lab.Workload("idle", wss_mib=128),
+        # Large enough that a sweep takes long to get to the pages, which are the last.
+        machine=lab.Machine(ram_mib=768),
+        workload=lab.Workload("idle", wss_mib=512),
         method=method,
         instruments=Instruments(known_faults=31),
     )
