@@ -31,6 +31,7 @@ from lab.scenario import (
     Instruments,
     Machine,
     Scenario,
+    Storage,
     Variant,
     Workload,
     case_name,
@@ -60,9 +61,9 @@ class Case:
 class Plan:
     """What to measure: every method with every combination of the values in `vary`.
 
-    `vary` names parameters of `Machine`, `Workload` and `Instruments` as tables do, with the values
-    to measure instead of the one in `machine`, `workload` or `instruments`.  `seed` fixes the order
-    of cases inside the rounds.  `warmups` rounds come first and are marked: they are recorded but
+    `vary` names parameters of `Machine`, `Workload`, `Storage` and `Instruments` as tables do, with
+    the values to measure instead of the one given here.  `seed` fixes the order of cases inside the
+    rounds.  `warmups` rounds come first and are marked: they are recorded but
     never counted.  `verify` adds an untimed snapshot to every boot, restores it and compares every
     byte of RAM.
     """
@@ -70,6 +71,7 @@ class Plan:
     methods: tuple[str, ...]
     machine: Machine = field(default_factory=Machine)
     workload: Workload = field(default_factory=Workload)
+    storage: Storage = field(default_factory=Storage)
     instruments: Instruments = field(default_factory=Instruments)
     repeats: int = 5
     warmups: int = 0
@@ -105,11 +107,15 @@ class Plan:
             names = sorted(self.vary)
             for combination in itertools.product(*(self.vary[key] for key in names)):
                 values = dict(zip(names, combination, strict=True))
-                machine, workload, instruments = replace_dimensions(
-                    self.machine, self.workload, self.instruments, values
+                machine, workload, storage, instruments = replace_dimensions(
+                    self.machine, self.workload, self.storage, self.instruments, values
                 )
                 scenario = Scenario(
-                    machine=machine, workload=workload, method=name, instruments=instruments
+                    machine=machine,
+                    workload=workload,
+                    method=name,
+                    storage=storage,
+                    instruments=instruments,
                 )
                 found.append(Case(name=case_name(name, values), scenario=scenario))
         return found
@@ -400,6 +406,7 @@ def summarise(scenario: Scenario, sample: Sample) -> dict[str, Any]:
         "vcpus": scenario.machine.vcpus,
         "workload": scenario.workload.kind,
         **{name: getattr(scenario.machine, name) for name in DEVICES},
+        "storage_mib_per_s": scenario.storage.storage_mib_per_s,
     }
     if scenario.machine.disk == "none":
         values |= dict.fromkeys(("disk_cache", "disk_aio", "disk_iothread"))
@@ -438,6 +445,7 @@ def describe(plan: Plan) -> Sequence[str]:
     machine, workload = plan.machine, plan.workload
     planned = slots(plan)
     left_out = [name for name, on in to_json(plan.instruments).items() if on is False]
+    rate = 0 if "storage_mib_per_s" in plan.vary else plan.storage.storage_mib_per_s
     head = "; ".join(
         [
             f"{len(planned)} runs: {plan.repeats} x {len(plan.cases())} "
@@ -445,6 +453,7 @@ def describe(plan: Plan) -> Sequence[str]:
             + (f" after {plan.warmups} warm-up rounds" if plan.warmups else ""),
             f"{machine.ram_mib} MiB RAM, {machine.vcpus} vCPU, {machine.accel}",
             f"{workload.kind} {workload.wss_mib} MiB",
+            *([f"image at {rate} MiB/s"] if rate else []),
             *(f"not {name}" for name in left_out if name not in plan.vary),
             *(f"{key} varied" for key in sorted(plan.vary)),
             f"about {estimate_text(TYPICAL_RUN_S * len(planned))}",

@@ -101,7 +101,13 @@ class _Dump:
 
 
 async def verify_method(
-    vm: VM, method: str, workdir: Path, *, channels: int = 1, fault_log: bool = False
+    vm: VM,
+    method: str,
+    workdir: Path,
+    *,
+    channels: int = 1,
+    fault_log: bool = False,
+    storage_mib_per_s: int = 0,
 ) -> Verification:
     """Take a snapshot of `vm` by `method`, restore it elsewhere and compare all of its RAM.
 
@@ -110,6 +116,7 @@ async def verify_method(
 
     :param channels: how many threads restore it, see `restore`.
     :param fault_log: log write faults while it is taken, see `VM.snapshot`.
+    :param storage_mib_per_s: write the image no faster, see `VM.snapshot`.
     :raise UsageError: when the method does not exist or needs the other QEMU.
     :raise SnapshotError: when the snapshot fails.
     :raise RestoreError: when it can not be restored.
@@ -124,7 +131,15 @@ async def verify_method(
         await asyncio.to_thread(_write_dump, vm.pid, dump)
 
     try:
-        snapshot = await take(vm, image, method, progress=False, fault_log=fault_log, hold=copy_out)
+        snapshot = await take(
+            vm,
+            image,
+            method,
+            progress=False,
+            fault_log=fault_log,
+            storage_mib_per_s=storage_mib_per_s,
+            hold=copy_out,
+        )
         if dump is None:
             raise SnapshotError(f"{method} never held the guest at its instant")
         async with restore(image, paused=True, channels=channels) as restored:

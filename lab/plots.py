@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lab.scenario import METHODS
+from lab.scenario import METHODS, recorded_dimension
 from lab.stats import quantile
 
 if TYPE_CHECKING:
@@ -99,12 +99,15 @@ def stamp_text(run_set: RunSet, cases: Sequence[str] | None = None) -> str:
     def all_of(field: str) -> str:
         return "/".join(sorted({str(r.summary.get(field)) for r in runs}))
 
+    rates = sorted({recorded_dimension(r.record.scenario, "storage_mib_per_s") for r in runs})
+    rate = "/".join(str(rate) if rate else "unlimited" for rate in rates)
     builds = sorted({r.build for r in runs})
     host = run_set.record.host
     parts = [
         f"n={boots} boots a {'case' if run_set.varied else 'method'}",
         f"{all_of('accel')}, {all_of('vcpus')} vCPU, {all_of('ram_mib')} MiB RAM",
         f"{all_of('workload')} {all_of('wss_mib')} MiB",
+        *([f"image at {rate} MiB/s"] if any(rates) else []),
         str(host.get("cpu_model") or host.get("cpu") or "unknown CPU"),
         f"Linux {host.get('kernel') or host.get('kernel_release') or 'unknown'}",
         "QEMU " + ", ".join(builds),

@@ -92,6 +92,17 @@ class Qmp:
         )
         return str(text)
 
+    async def send_descriptor(self, name: str, descriptor: int) -> None:
+        """Give QEMU a duplicate of a descriptor, under a name by which a command takes it.
+
+        :raise QmpError: as `execute`.
+        """
+        try:
+            self._client.send_fd_scm(descriptor)
+        except OSError as error:
+            raise QmpError(f"QEMU can not be sent a descriptor: {error.strerror}") from error
+        await self.execute("getfd", {"fdname": name})
+
     async def wait_event(
         self, wanted: Callable[[Event], bool], *, since: int = 0, timeout_s: float
     ) -> Event:

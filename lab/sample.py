@@ -249,6 +249,7 @@ async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> S
                 image,
                 scenario.method,
                 fault_log=instruments.log_faults,
+                storage_mib_per_s=scenario.storage.storage_mib_per_s,
                 sampler=sampler,
                 latency=latency,
                 threads=threads,
@@ -320,7 +321,12 @@ async def _verified(vm: VM, scenario: Scenario, image_dir: Path, sample: Sample)
     # Images and dumps are as large as the guest: a campaign that is killed must not leave them.
     with private_folder("lab-verify-", image_dir) as folder:
         try:
-            verdict = await verify_method(vm, scenario.method, folder)
+            verdict = await verify_method(
+                vm,
+                scenario.method,
+                folder,
+                storage_mib_per_s=scenario.storage.storage_mib_per_s,
+            )
         except LabError as error:
             reason = f"could not be verified: {error}"
             return dataclasses.replace(sample, outcome="undecided", reason=reason)

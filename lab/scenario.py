@@ -1,5 +1,5 @@
-"""What is measured: the machine, the workload in it, the method that takes the snapshot, and the
-instruments that watch it.
+"""What is measured: the machine, the workload in it, the method that takes the snapshot, the
+storage that it goes to, and the instruments that watch it.
 
 Each class below is the only place where its parameters are spelled.  The command line's flags
 (`add_arguments`, `from_arguments`), the JSON of run files and sidecars (`to_json`, `from_json`)
@@ -303,6 +303,26 @@ class Instruments:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """What the image is written to.
+
+    With `storage_mib_per_s`, a disk of that rate is put between QEMU and the file (`lab.storage`):
+    no MiB of the image is written sooner, and QEMU waits for it.  That is a rate alone; nothing is
+    done to how long a single write takes, nor to the page cache that the file is written to.
+
+    Raises `UsageError` for values that can not work.
+    """
+
+    storage_mib_per_s: int = field(
+        default=0,
+        metadata={"help": "write the image no faster than this; 0: as fast as the disk goes"},
+    )
+
+    def __post_init__(self) -> None:
+        _require_int("storage_mib_per_s", self.storage_mib_per_s, 0, 1024 * 1024)
+
+
 MAPPED_RAM = "mapped-ram"
 """The capability that changes the image's format, and so is needed to restore it as well."""
 
@@ -328,6 +348,11 @@ class Method:
     engine: str | None = None
     capabilities: tuple[str, ...] = ()
     direct_io: bool = False
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether its image is written from the first byte to the last, so that a pipe would do."""
+        return MAPPED_RAM not in self.capabilities and not self.direct_io
 
     def runs_on(self, variant: str) -> bool:
         """Return whether the QEMU `variant` (`patched` or `unpatched`) can do this method."""
@@ -434,7 +459,8 @@ def method(name: str) -> Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """One thing to measure: a machine, its workload, the method, by name, and what watches it.
+    """One thing to measure: a machine, its workload, the method, by name, the storage that the
+    image goes to, and what watches it.
 
     Raises `UsageError` when they can not go together.
     """
@@ -442,10 +468,11 @@ class Scenario:
     machine: Machine = field(default_factory=Machine)
     workload: Workload = field(default_factory=Workload)
     method: str = "live"
+    storage: Storage = field(default_factory=Storage)
     instruments: Instruments = field(default_factory=Instruments)
 
     def __post_init__(self) -> None:
-        method(self.method)
+        check_storage(method(self.method), self.storage)
         check_fit(self.machine, self.workload)
         _require(
             not self.machine.sets_sizes or method(self.method).runs_on("patched"),
@@ -481,6 +508,16 @@ def check_fit(machine: Machine, workload: Workload) -> None:
     )
 
 
+def check_storage(how: Method, storage: Storage) -> None:
+    """Raise `UsageError` unless the method can write to the storage."""
+    _require(
+        not storage.storage_mib_per_s or how.is_stream,
+        f"{how.name} writes here and there in a file, which storage of a limited rate is not",
+        "leave storage_mib_per_s at 0, or choose from: "
+        + ", ".join(m.name for m in METHODS.values() if m.is_stream),
+    )
+
+
 # Derived: command line flags, JSON, dimensions
 
 
@@ -494,7 +531,7 @@ def _destination(f: "dataclasses.Field[Any]") -> str:
 
 
 def add_arguments(parser: argparse._ActionsContainer, cls: "type[DataclassInstance]") -> None:
-    """Add one flag to `parser` for each field of `cls`: `Machine`, `Workload` or `Instruments`."""
+    """Add one flag to `parser` for each field of `cls`, which is a part of a scenario."""
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         hint, help_text = hints[f.name], f.metadata.get("help", "")
@@ -532,8 +569,7 @@ def from_arguments(cls: type[_T], namespace: argparse.Namespace) -> _T:
 def dimensions(value: "DataclassInstance") -> dict[str, Any]:
     """Return the parameters of `value` as one flat dictionary of table columns.
 
-    A scenario gives the parameters of its machine, workload and instruments, `method`, `engine`
-    and `variant` together.
+    A scenario gives the parameters of all its parts, `method`, `engine` and `variant` together.
     """
     flat: dict[str, Any] = {}
     for f in dataclasses.fields(value):
@@ -548,9 +584,8 @@ def dimensions(value: "DataclassInstance") -> dict[str, Any]:
 
 
 def parse_dimension(name: str, text: str) -> Any:
-    """Return the value that `text` means for the parameter of a machine, a workload or the
-    instruments called `name`, with dashes or underscores, as a flag of the command line would have
-    it.
+    """Return the value that `text` means for the parameter of a part of a scenario called `name`,
+    with dashes or underscores, as a flag of the command line would have it.
 
     :raise UsageError: there is no such parameter, or `text` is no value of its type.
     """
@@ -573,13 +608,18 @@ def parse_dimension(name: str, text: str) -> Any:
 _PARTS: Mapping[type[Any], str] = {
     Machine: "machine",
     Workload: "workload",
+    Storage: "storage",
     Instruments: "instruments",
 }
 
 
 def replace_dimensions(
-    machine: Machine, workload: Workload, instruments: Instruments, changes: Mapping[str, Any]
-) -> tuple[Machine, Workload, Instruments]:
+    machine: Machine,
+    workload: Workload,
+    storage: Storage,
+    instruments: Instruments,
+    changes: Mapping[str, Any],
+) -> tuple[Machine, Workload, Storage, Instruments]:
     """Return all with the parameters in `changes` replaced, which are named as in tables.
 
     :raise UsageError: there is no such parameter, or a value that can not work.
@@ -591,6 +631,7 @@ def replace_dimensions(
     return (
         dataclasses.replace(machine, **of[Machine]),
         dataclasses.replace(workload, **of[Workload]),
+        dataclasses.replace(storage, **of[Storage]),
         dataclasses.replace(instruments, **of[Instruments]),
     )
 

@@ -10,8 +10,9 @@ What the times of a `Snapshot` are:
     vCPUs stopped; the lab lets them go on as soon as it sees the migration completed, and that is
     the RESUME which counts.
 `duration_ms`
-    request until QEMU reports the migration completed.  Not in it: closing the image, renaming
-    it, writing the sidecar.
+    request until QEMU reports the migration completed, when it has handed everything over.  Not in
+    it: closing the image, renaming it, writing the sidecar; and, with storage of a limited rate,
+    writing what is on its way to the file then, which is a fraction of a MiB (`lab.storage`).
 
 The request is the moment before the first command is sent that affects the guest: `migrate`, or
 `stop` for `stop-and-copy`.  What is not measured here: what the guest lost in speed, which is what
@@ -45,9 +46,10 @@ from lab.instruments.threads import ThreadTimes
 from lab.instruments.writelatency import WriteLatency, stall_summary
 from lab.qemu.build import QemuBinary
 from lab.qmp import Event
-from lab.scenario import METHODS, Machine, Method, Workload, dimensions
+from lab.scenario import METHODS, Machine, Method, Storage, Workload, check_storage, dimensions
 from lab.scenario import method as method_of
 from lab.sidecar import Sidecar, sidecar_path
+from lab.storage import LimitedStorage, limited
 from lab.tables import fault_summary, with_marks
 from lab.vm import VM, file_channel
 
@@ -62,7 +64,11 @@ MIN_BYTES_PER_S = 5_000_000
 
 MAX_PRECOPY_RAM_SIZES = 8
 """A precopy whose image has grown to so many times the guest's RAM is given up: the guest writes
-faster than the disk, and QEMU would go on until the disk is full."""
+faster than the disk, and QEMU would go on until the disk is full.  At a limited rate that takes so
+many times as long as writing the guest's RAM once: 82 s for 1 GiB at 100 MiB/s."""
+
+IMAGE_DESCRIPTOR = "lab-image"
+"""What QEMU calls the socket that it writes an image to, where it is not given a file."""
 
 SIZE_POLL_S = 0.1
 ABORT_TIMEOUT_S = 30.0
@@ -111,6 +117,8 @@ class Snapshot:
     fault_log: FaultLog | None = dataclasses.field(repr=False)
     sampler: ProgressSampler | None = dataclasses.field(repr=False)
     write_latency: pd.DataFrame | None = dataclasses.field(default=None, repr=False)
+    storage_mib_per_s: int = 0
+    """The image was written no faster than this; 0: as fast as the disk went."""
 
     @property
     def setup_ms(self) -> float | None:
@@ -187,6 +195,7 @@ class Snapshot:
             "outcome": self.outcome,
             **dimensions(self.machine),
             **dimensions(self.workload),
+            "storage_mib_per_s": self.storage_mib_per_s,
             "setup_ms": self.setup_ms,
             "pause_ms": self.pause_ms,
             "duration_ms": self.duration_ms,
@@ -229,6 +238,7 @@ async def take(
     progress: bool = True,
     before_s: float = 1.0,
     after_s: float = 1.0,
+    storage_mib_per_s: int = 0,
     sampler: ProgressSampler | None = None,
     latency: WriteLatency | None = None,
     threads: ThreadTimes | None = None,
@@ -253,11 +263,15 @@ async def take(
             f"{method} needs the {how.binary} QEMU and this guest runs on the {vm.binary.variant}",
             f'boot with binary="{how.binary}", or choose from: {_possible(vm.binary.variant)}',
         )
+    check_storage(how, Storage(storage_mib_per_s=storage_mib_per_s))
     with vm.busy_with(f"a {method} snapshot"):
         image = Path(path).absolute()
         async with contextlib.AsyncExitStack() as stack:
             partial = stack.enter_context(_partial_image(image))
             _check_disk(vm, how, image)
+            storage = None
+            if storage_mib_per_s:
+                storage = await stack.enter_async_context(limited(partial, storage_mib_per_s))
             if latency is None and vm.workload.time_writes and vm.is_ready:
                 latency = await vm.write_latency()
                 latency.read()
@@ -270,6 +284,8 @@ async def take(
                 vm,
                 how,
                 partial,
+                storage=storage,
+                storage_mib_per_s=storage_mib_per_s,
                 hold=hold,
                 log_faults=fault_log,
                 latency=latency,
@@ -294,6 +310,8 @@ class _Attempt:
         how: Method,
         partial: Path,
         *,
+        storage: LimitedStorage | None,
+        storage_mib_per_s: int,
         hold: Hold | None,
         log_faults: bool,
         latency: WriteLatency | None,
@@ -302,6 +320,8 @@ class _Attempt:
         self.vm = vm
         self.how = how
         self.partial = partial
+        self.storage = storage
+        self.storage_mib_per_s = storage_mib_per_s
         self.hold = hold
         self.latency = latency
         self.threads = threads
@@ -338,7 +358,7 @@ class _Attempt:
             if self._is_held_before:
                 await self._migrate_held()
             else:
-                await vm.execute("migrate", {"channels": file_channel(self.partial)})
+                await self._migrate()
             self.completed = await self._await_bounded_end()
             self._read_latency()
             if self.how.mechanism != "background":
@@ -348,6 +368,8 @@ class _Attempt:
                     await self._continue()
             self._read_threads()
             await self._settle()
+            if self.storage is not None:
+                await self.storage.finish()
             self.migration = await vm.execute("query-migrate")
             self.clock_offset_ns = time.clock_gettime_ns(time.CLOCK_REALTIME) - time.monotonic_ns()
             if self.fault_log_path is not None:
@@ -378,10 +400,14 @@ class _Attempt:
         assert self.hold is not None
         await self.vm.stop()
         await self.hold()
-        await self.vm.execute("migrate", {"channels": file_channel(self.partial)})
+        await self._migrate()
         await self._until(self._has_begun, "begin a migration")
         if self.was_running:
             await self.vm.cont()
+
+    async def _migrate(self) -> None:
+        channels = file_channel(self.partial) if self.storage is None else _IMAGE_CHANNEL
+        await self.vm.execute("migrate", {"channels": channels})
 
     async def _has_begun(self) -> bool:
         reply = await self.vm.execute("query-migrate")
@@ -420,6 +446,10 @@ class _Attempt:
             parameters["x-snapshot-engine"] = self.how.engine
             parameters["x-snapshot-fault-log"] = str(self.fault_log_path or "")
         await vm.execute("migrate-set-parameters", parameters)
+        if self.storage is not None:
+            # QEMU has a duplicate then.  With another one the end of the stream would not be seen.
+            with self.storage.sender as sender:
+                await vm.qmp.send_descriptor(IMAGE_DESCRIPTOR, sender.fileno())
 
     async def _await_bounded_end(self) -> Event:
         end = asyncio.ensure_future(self._await_end())
@@ -449,6 +479,9 @@ class _Attempt:
 
     async def _await_end(self) -> Event:
         timeout_s = 60.0 + self.vm.machine.ram_mib * (1 << 20) / MIN_BYTES_PER_S
+        if self.storage_mib_per_s:
+            sizes = MAX_PRECOPY_RAM_SIZES if self.how.mechanism == "precopy" else 1
+            timeout_s += sizes * self.vm.machine.ram_mib / self.storage_mib_per_s
         since = self.since
         while True:
             event = await self.vm.watched(
@@ -466,6 +499,9 @@ class _Attempt:
             await self.vm.execute("migrate-continue", {"state": "pre-switchover"})
 
     async def _why(self) -> str:
+        if self.storage is not None and (reason := await self.storage.reason()):
+            # QEMU knows only that nobody reads any more.
+            return reason
         reply = await self.vm.execute("query-migrate")
         said = reply.get("error-desc")
         if said:
@@ -524,6 +560,9 @@ class _Attempt:
             await self._reset()
             if self.was_running and not await self.vm.is_running():
                 await self.vm.cont()
+            if self.storage is not None:
+                with contextlib.suppress(QmpError):  # a migration has taken it
+                    await self.vm.execute("closefd", {"fdname": IMAGE_DESCRIPTOR})
         except LabError as error:
             log.error("taking back a %s snapshot: %s", self.how.name, error)
 
@@ -566,6 +605,7 @@ class _Attempt:
             image_bytes=size,
             counters=counters(self.migration),
             write_latency=None if self.latency is None else self.latency.df(WINDOWS),
+            storage_mib_per_s=self.storage_mib_per_s,
             migration=self.migration,
             fault_log=self.fault_log,
             sampler=sampler,
@@ -573,6 +613,14 @@ class _Attempt:
 
     def _monotonic_ns(self, event: Event | None) -> int | None:
         return None if event is None else event.time_us * 1000 - self.clock_offset_ns
+
+
+_IMAGE_CHANNEL = [
+    {
+        "channel-type": "main",
+        "addr": {"transport": "socket", "type": "fd", "str": IMAGE_DESCRIPTOR},
+    }
+]
 
 
 def _unprotectable_remedy(ram_kind: str) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lab.errors import RunError
 from lab.run import Run, RunSet
-from lab.scenario import Instruments, Machine, dimensions, recorded_dimension, to_json
+from lab.scenario import Instruments, Machine, Storage, dimensions, recorded_dimension, to_json
 from lab.stats import Comparison, check_stability, compare, median, quantile_interval
 from lab.tables import DIMENSIONS, METRICS, SUMMARY_FIELDS, Slowdown, df_runs, varying
 
@@ -223,7 +223,10 @@ class Side:
         machine: dict[str, Any] = to_json(Machine()) | scenario.get("machine", {})
         return (
             machine
-            | {name: recorded_dimension(scenario, name) for name in dimensions(Instruments())}
+            | {
+                name: recorded_dimension(scenario, name)
+                for name in dimensions(Storage()) | dimensions(Instruments())
+            }
             | {name: first.summary.get(name) for name in DIMENSIONS}
             | {
                 "build": first.build,

@@ -171,6 +171,9 @@ SUMMARY_FIELDS: dict[str, Column] = {
     "net": Column("", "whether the guest exchanges packets over a virtio network card"),
     "vnc": Column("", "whether the guest draws on a screen that is served by VNC"),
     "balloon": Column("", "whether the guest has a virtio balloon"),
+    "storage_mib_per_s": Column(
+        "MiB/s", "the image was written no faster than this; 0: as fast as the disk went"
+    ),
     "setup_ms": Column("ms", "request until the VM is stopped, guest running: preparation"),
     "pause_ms": Column("ms", "VM stopped: QEMU's STOP event until its RESUME event"),
     "duration_ms": Column("ms", "request until QEMU reports the migration completed"),

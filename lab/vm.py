@@ -328,6 +328,7 @@ class VM:
         progress: bool = True,
         before_s: float = 1.0,
         after_s: float = 1.0,
+        storage_mib_per_s: int = 0,
     ) -> "Snapshot":
         """Take a snapshot into the file `path`; the guest runs on afterwards.
 
@@ -339,7 +340,10 @@ class VM:
         :param fault_log: log every write fault, where QEMU can (the patched one, live methods).
         :param progress: sample the guest's progress, from `before_s` before the request to
             `after_s` after the end.
-        :raise UsageError: when the method does not exist or needs the other QEMU.
+        :param storage_mib_per_s: write the image no faster than that, as if to a slower disk; 0 is
+            no limit.  Only for methods that write one byte after the other.
+        :raise UsageError: when the method does not exist, needs the other QEMU, or can not write
+            to storage of a limited rate.
         :raise SnapshotError: when one is running already or it can not be completed.
         :raise HostError: when this host does not permit the method.
         """
@@ -353,6 +357,7 @@ class VM:
             progress=progress,
             before_s=before_s,
             after_s=after_s,
+            storage_mib_per_s=storage_mib_per_s,
         )
 
     @contextlib.contextmanager

@@ -17,6 +17,7 @@ from lab.scenario import (
     METHODS,
     Instruments,
     Machine,
+    Storage,
     Workload,
     add_arguments,
     from_arguments,
@@ -64,6 +65,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add_arguments(parser, Machine)
     add_arguments(parser, Workload)
+    add_arguments(parser, Storage)
     add_arguments(parser, Instruments)
     parser.add_argument(
         "--verify",
@@ -99,6 +101,7 @@ async def _measure(args: argparse.Namespace) -> int:
         methods=tuple(dict.fromkeys(args.methods or METHODS)),
         machine=from_arguments(Machine, args),
         workload=from_arguments(Workload, args),
+        storage=from_arguments(Storage, args),
         instruments=from_arguments(Instruments, args),
         repeats=args.repeats,
         warmups=args.warmups,

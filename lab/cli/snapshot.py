@@ -7,8 +7,10 @@ from pathlib import Path
 from lab.scenario import (
     METHODS,
     Machine,
+    Storage,
     Workload,
     add_arguments,
+    check_storage,
     from_arguments,
     method,
 )
@@ -28,6 +30,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add_arguments(parser, Machine)
     add_arguments(parser, Workload)
+    add_arguments(parser, Storage)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(handler=_snapshot)
 
@@ -37,8 +40,14 @@ async def _snapshot(args: argparse.Namespace) -> int:
 
     machine = from_arguments(Machine, args)
     workload = from_arguments(Workload, args)
-    variant = method(args.method).preferred_variant
-    async with boot(machine, workload, binary=variant) as vm:
-        snapshot = await vm.snapshot(args.path, args.method, progress=False)
+    how, storage = method(args.method), from_arguments(Storage, args)
+    check_storage(how, storage)
+    async with boot(machine, workload, binary=how.preferred_variant) as vm:
+        snapshot = await vm.snapshot(
+            args.path,
+            args.method,
+            progress=False,
+            storage_mib_per_s=storage.storage_mib_per_s,
+        )
     print(json.dumps(snapshot.summary()) if args.json else repr(snapshot))
     return 0

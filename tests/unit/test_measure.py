@@ -15,7 +15,7 @@ from lab.errors import HostError, RunError, SnapshotError, UsageError
 from lab.measure import Ground, Plan, describe, measure, open_set, plan_of, slots, summarise
 from lab.plots import stamp_text
 from lab.sample import Sample
-from lab.scenario import Instruments, Machine, Scenario, Workload
+from lab.scenario import Instruments, Machine, Scenario, Storage, Workload
 from lab.summary import comparison_text, df_methods, sides
 from lab.tables import METRICS, SUMMARY_FIELDS, df_runs
 
@@ -146,6 +146,31 @@ async def test_a_comparison_names_the_instruments_that_differ(tmp_path: Path) ->
     assert "log_faults: True -> False" in comparison_text(left, right)
 
 
+async def test_storage_of_several_rates_is_measured_side_by_side_and_named(tmp_path: Path) -> None:
+    plan = Plan(methods=("live",), repeats=1, vary={"storage_mib_per_s": (0, 100)})
+    assert "storage_mib_per_s varied" in describe(plan)[0]
+    done = await campaign(tmp_path / "set", FakeSampler(), plan)
+    assert plan_of(done) == plan
+    slow = "live, storage_mib_per_s=100"
+    assert {r.case: r.summary["storage_mib_per_s"] for r in done} == {
+        "live, storage_mib_per_s=0": 0,
+        slow: 100,
+    }
+    left, right = sides(done, done, "live, storage_mib_per_s=0", slow)[0]
+    assert "storage_mib_per_s: 0 -> 100" in comparison_text(left, right)
+    assert "image at unlimited/100 MiB/s" in stamp_text(done)
+    assert "image at 100 MiB/s" in stamp_text(done, [slow])
+    assert "image at" not in stamp_text(done, ["live, storage_mib_per_s=0"])
+
+
+def test_a_plan_says_how_fast_the_storage_is_and_refuses_what_can_not_use_it() -> None:
+    storage = Storage(storage_mib_per_s=100)
+    assert "image at 100 MiB/s" in describe(Plan(methods=("live",), storage=storage))[0]
+    assert "image at" not in describe(PLAN)[0]
+    with pytest.raises(UsageError, match="live-mapped writes here and there"):
+        Plan(methods=("live", "live-mapped"), vary={"storage_mib_per_s": (0, 100)})
+
+
 def test_warm_up_rounds_come_first_and_are_marked() -> None:
     planned = slots(Plan(methods=("background",), repeats=2, warmups=1))
     assert [(s.round, s.warmup) for s in planned] == [(-1, True), (0, False), (1, False)]
@@ -269,6 +294,7 @@ def test_the_summary_line_has_every_field_and_null_for_what_does_not_apply() -> 
     assert line["engine"] is None
     assert line["wss_mib"] is None
     assert (line["disk"], line["disk_cache"], line["net"]) == ("none", None, False)
+    assert line["storage_mib_per_s"] == 0
     assert line["verified"] is None
 
 

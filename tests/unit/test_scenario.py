@@ -18,6 +18,7 @@ from lab.scenario import (
     Instruments,
     Machine,
     Scenario,
+    Storage,
     Workload,
     WorkloadKind,
     add_arguments,
@@ -69,18 +70,21 @@ instruments = st.builds(
     sample_interval_us=st.integers(100, 100_000),
 )
 known_faults = st.builds(Instruments, known_faults=st.integers(1, 4096))
+storages = st.builds(Storage, storage_mib_per_s=st.integers(0, 10_000))
 scenarios = st.builds(
-    lambda machine, workload, name, instruments: Scenario(
+    lambda machine, workload, name, storage, instruments: Scenario(
         machine=machine
         if METHODS[name].runs_on("patched")
         else dataclasses.replace(machine, fault_around_pages=0, chunk_kib=DEFAULT_CHUNK_KIB),
         workload=workload,
         method=name,
+        storage=storage if METHODS[name].is_stream else Storage(),
         instruments=instruments,
     ),
     machines,
     workloads,
     st.sampled_from(sorted(METHODS)),
+    storages,
     instruments,
 )
 
@@ -95,16 +99,18 @@ def test_a_scenario_survives_json(scenario: Scenario) -> None:
     assert from_json(Scenario, json.loads(json.dumps(to_json(scenario)))) == scenario
 
 
-@given(machines, workloads, instruments | known_faults)
+@given(machines, workloads, storages, instruments | known_faults)
 def test_flags_default_to_the_fields_and_set_every_field(
-    machine: Machine, workload: Workload, instruments: Instruments
+    machine: Machine, workload: Workload, storage: Storage, instruments: Instruments
 ) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser, Machine)
     add_arguments(parser, Workload)
+    add_arguments(parser, Storage)
     add_arguments(parser, Instruments)
     assert from_arguments(Machine, parser.parse_args([])) == Machine()
     assert from_arguments(Workload, parser.parse_args([])) == Workload()
+    assert from_arguments(Storage, parser.parse_args([])) == Storage()
     assert from_arguments(Instruments, parser.parse_args([])) == Instruments()
     argv = [f"--ram-mib={machine.ram_mib}", f"--vcpus={machine.vcpus}", f"--accel={machine.accel}"]
     argv += [f"--ram-kind={machine.ram_kind}", *(f"--extra-arg={a}" for a in machine.extra_args)]
@@ -117,6 +123,7 @@ def test_flags_default_to_the_fields_and_set_every_field(
         argv.append(f"--{flag}" if getattr(machine, name) else f"--no-{flag}")
     argv += [f"--workload={workload.kind}", f"--wss-mib={workload.wss_mib}"]
     argv += [f"--threads={workload.threads}", f"--seed={workload.seed}"]
+    argv.append(f"--storage-mib-per-s={storage.storage_mib_per_s}")
     for name, value in to_json(instruments).items():
         flag = name.replace("_", "-")
         without = {True: f"--{flag}", False: f"--no-{flag}"}
@@ -124,6 +131,7 @@ def test_flags_default_to_the_fields_and_set_every_field(
     namespace = parser.parse_args(argv)
     assert from_arguments(Machine, namespace) == machine
     assert from_arguments(Workload, namespace) == workload
+    assert from_arguments(Storage, namespace) == storage
     assert from_arguments(Instruments, namespace) == instruments
 
 
@@ -131,6 +139,7 @@ def test_dimensions_name_every_parameter_once() -> None:
     columns = dimensions(Scenario(method="live-rfc"))
     parameters = [f.name for f in dataclasses.fields(Machine)]
     parameters += [f.name for f in dataclasses.fields(Workload)]
+    parameters += [f.name for f in dataclasses.fields(Storage)]
     parameters += [f.name for f in dataclasses.fields(Instruments)]
     assert set(columns) == {
         *(name for name in parameters if name != "kind"),
@@ -146,11 +155,12 @@ def test_replacing_every_dimension_of_one_scenario_by_anothers_gives_the_other(
 ) -> None:
     other = dimensions(scenario)
     changes = {k: other[k] for k in set(other) - {"method", "engine", "variant", "extra_args"}}
-    machine, workload, instruments = replace_dimensions(
-        Machine(), Workload(), Instruments(), changes
+    machine, workload, storage, instruments = replace_dimensions(
+        Machine(), Workload(), Storage(), Instruments(), changes
     )
     assert machine == dataclasses.replace(scenario.machine, extra_args=())
     assert workload == scenario.workload
+    assert storage == scenario.storage
     assert instruments == scenario.instruments
 
 
@@ -166,9 +176,26 @@ def test_a_recording_that_names_no_instrument_had_the_fault_log_and_nothing_else
     assert left_out == []
 
 
+def test_a_recording_that_names_no_storage_was_made_at_the_speed_of_the_disk() -> None:
+    assert from_json(Scenario, {"method": "live"}).storage == Storage(storage_mib_per_s=0)
+    assert recorded_dimension({"method": "live"}, "storage_mib_per_s") == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_needs_a_file_is_refused_where_only_a_stream_can_be_written(name: str) -> None:
+    storage = Storage(storage_mib_per_s=100)
+    if METHODS[name].is_stream:
+        assert dimensions(Scenario(method=name, storage=storage))["storage_mib_per_s"] == 100
+    else:
+        with pytest.raises(UsageError, match=f"{name} writes here and there.*choose from: live,"):
+            Scenario(method=name, storage=storage)
+    assert METHODS[name].is_stream == (name.rpartition("-")[2] not in ("mapped", "direct"))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [
+        ("storage-mib-per-s", "100", 100),
         ("ram-mib", "512", 512),
         ("workload", "idle", "idle"),
         ("thp", "default", None),
@@ -237,7 +264,12 @@ def test_an_unknown_key_deep_inside_is_refused() -> None:
         lambda: parse_dimension("ram-mib", "much"),
         lambda: parse_dimension("workload", "chess"),
         lambda: parse_dimension("net", "maybe"),
-        lambda: replace_dimensions(Machine(), Workload(), Instruments(), {"colour": "red"}),
+        lambda: replace_dimensions(
+            Machine(), Workload(), Storage(), Instruments(), {"colour": "red"}
+        ),
+        lambda: Storage(storage_mib_per_s=-1),
+        lambda: Storage(**_untyped({"storage_mib_per_s": True})),
+        lambda: parse_dimension("storage-mib-per-s", "fast"),
         lambda: Instruments(**_untyped({"time_threads": 1})),
         lambda: Instruments(sample_interval_us=50),
         lambda: Instruments(known_faults=-1),
