@@ -81,6 +81,7 @@ def _append(machine: Machine, workload: Workload) -> str:
         threads=workload.threads,
         seed=workload.seed,
         time_writes=workload.time_writes,
+        rate_ops_per_s=workload.rate_ops_per_s,
         disk=machine.disk,
         net=machine.net,
         display=machine.vnc,

@@ -405,6 +405,7 @@ def summarise(scenario: Scenario, sample: Sample) -> dict[str, Any]:
         "wss_mib": scenario.workload.wss_mib,
         "vcpus": scenario.machine.vcpus,
         "workload": scenario.workload.kind,
+        "rate_ops_per_s": scenario.workload.rate_ops_per_s,
         **{name: getattr(scenario.machine, name) for name in DEVICES},
         "storage_mib_per_s": scenario.storage.storage_mib_per_s,
     }
@@ -445,6 +446,7 @@ def describe(plan: Plan) -> Sequence[str]:
     machine, workload = plan.machine, plan.workload
     planned = slots(plan)
     left_out = [name for name, on in to_json(plan.instruments).items() if on is False]
+    paced = 0 if "rate_ops_per_s" in plan.vary else workload.rate_ops_per_s
     rate = 0 if "storage_mib_per_s" in plan.vary else plan.storage.storage_mib_per_s
     head = "; ".join(
         [
@@ -453,6 +455,7 @@ def describe(plan: Plan) -> Sequence[str]:
             + (f" after {plan.warmups} warm-up rounds" if plan.warmups else ""),
             f"{machine.ram_mib} MiB RAM, {machine.vcpus} vCPU, {machine.accel}",
             f"{workload.kind} {workload.wss_mib} MiB",
+            *([f"{paced} operations/s"] if paced else []),
             *([f"image at {rate} MiB/s"] if rate else []),
             *(f"not {name}" for name in left_out if name not in plan.vary),
             *(f"{key} varied" for key in sorted(plan.vary)),

@@ -99,15 +99,19 @@ def stamp_text(run_set: RunSet, cases: Sequence[str] | None = None) -> str:
     def all_of(field: str) -> str:
         return "/".join(sorted({str(r.summary.get(field)) for r in runs}))
 
-    rates = sorted({recorded_dimension(r.record.scenario, "storage_mib_per_s") for r in runs})
-    rate = "/".join(str(rate) if rate else "unlimited" for rate in rates)
+    def limit(field: str, unit: str) -> list[str]:
+        found = sorted({recorded_dimension(r.record.scenario, field) for r in runs})
+        texts = "/".join(str(value) if value else "unlimited" for value in found)
+        return [f"{texts} {unit}"] if any(found) else []
+
     builds = sorted({r.build for r in runs})
     host = run_set.record.host
     parts = [
         f"n={boots} boots a {'case' if run_set.varied else 'method'}",
         f"{all_of('accel')}, {all_of('vcpus')} vCPU, {all_of('ram_mib')} MiB RAM",
         f"{all_of('workload')} {all_of('wss_mib')} MiB",
-        *([f"image at {rate} MiB/s"] if any(rates) else []),
+        *limit("rate_ops_per_s", "operations/s"),
+        *(f"image at {text}" for text in limit("storage_mib_per_s", "MiB/s")),
         str(host.get("cpu_model") or host.get("cpu") or "unknown CPU"),
         f"Linux {host.get('kernel') or host.get('kernel_release') or 'unknown'}",
         "QEMU " + ", ".join(builds),

@@ -227,6 +227,10 @@ class Workload:
     `seed` fixes the sequence of pages, so that a host can replay it (`allocate` takes no part in
     that).  With `time_writes` the guest times each operation, which makes all of them slower.
 
+    Writers work as fast as they can, or all together at `rate_ops_per_s`.  That is a program which
+    has so much to do and is idle otherwise: a delay of up to 10 ms is made up for, and what a
+    longer one cost is lost.
+
     Raises `UsageError` for values that can not work.
     """
 
@@ -240,6 +244,10 @@ class Workload:
     time_writes: bool = field(
         default=False, metadata={"help": "have the guest time each operation, which slows it down"}
     )
+    rate_ops_per_s: int = field(
+        default=0,
+        metadata={"help": "operations of all writers in a second; 0: as many as they can do"},
+    )
 
     def __post_init__(self) -> None:
         _require_choice("workload", self.kind, WorkloadKind)
@@ -250,6 +258,12 @@ class Workload:
             not (self.time_writes and self.kind == "idle"),
             "an idle guest has no writes to time",
             "choose another workload, or time_writes=False",
+        )
+        _require_int("rate_ops_per_s", self.rate_ops_per_s, 0, 1_000_000_000)
+        _require(
+            not (self.rate_ops_per_s and self.kind == "idle"),
+            "an idle guest has no rate of writes",
+            "choose another workload, or rate_ops_per_s=0",
         )
 
 

@@ -11,7 +11,15 @@ import pandas as pd
 
 from lab.errors import RunError
 from lab.run import Run, RunSet
-from lab.scenario import Instruments, Machine, Storage, dimensions, recorded_dimension, to_json
+from lab.scenario import (
+    Instruments,
+    Machine,
+    Storage,
+    Workload,
+    dimensions,
+    recorded_dimension,
+    to_json,
+)
 from lab.stats import Comparison, check_stability, compare, median, quantile_interval
 from lab.tables import DIMENSIONS, METRICS, SUMMARY_FIELDS, Slowdown, df_runs, varying
 
@@ -225,7 +233,8 @@ class Side:
             machine
             | {
                 name: recorded_dimension(scenario, name)
-                for name in dimensions(Storage()) | dimensions(Instruments())
+                for part in (Workload(), Storage(), Instruments())
+                for name in dimensions(part)
             }
             | {name: first.summary.get(name) for name in DIMENSIONS}
             | {

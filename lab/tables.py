@@ -164,6 +164,9 @@ SUMMARY_FIELDS: dict[str, Column] = {
     "wss_mib": Column("MiB", "working set the guest writes to"),
     "vcpus": Column("1", "virtual CPUs"),
     "workload": Column("", "what the guest runs"),
+    "rate_ops_per_s": Column(
+        "1/s", "operations that the guest was to do in a second; 0: as many as it could"
+    ),
     "disk": Column("", "scratch disk that the guest uses: none, ide or virtio"),
     "disk_cache": Column("", "its cache mode in QEMU; null without a disk, like the next two"),
     "disk_aio": Column("", "who does its I/O: QEMU's threads, or the kernel (native)"),

@@ -42,6 +42,7 @@ HOT_PERIOD = 1 << 20
 WRITE_EVERY = 10
 MAX_THREADS = 62
 MAX_WSS_MIB = 1 << 20
+MAX_RATE = 1_000_000_000
 
 PROGRESS_MAGIC = 0x31474F525042414C  # "LABPROG1"
 PROGRESS_LAYOUT = 1
@@ -117,6 +118,7 @@ def kernel_command_line(
     threads: int,
     seed: int,
     time_writes: bool = False,
+    rate_ops_per_s: int = 0,
     disk: str = "none",
     net: bool = False,
     display: bool = False,
@@ -129,6 +131,7 @@ def kernel_command_line(
     :param threads: writers, each on its own vCPU if there are as many.
     :param seed: of the sequence of pages; the same seed gives the same sequence.
     :param time_writes: whether the writers time their operations.
+    :param rate_ops_per_s: how many operations all writers do in a second; 0 is as many as they can.
     :param disk: the disk to put load on: "none", "ide" or "virtio".
     :param net: exchange packets over the first network card.
     :param display: draw on the screen.
@@ -147,6 +150,10 @@ def kernel_command_line(
         raise UsageError(f"a {kind} workload needs a working set", "choose at least 1 MiB")
     if not 0 <= seed <= _MASK:
         raise UsageError(f"seed {seed}", "choose a number of 64 bits, not negative")
+    if not 0 <= rate_ops_per_s <= MAX_RATE:
+        raise UsageError(f"{rate_ops_per_s} operations a second", f"choose 0 to {MAX_RATE}")
+    if kind == "idle" and rate_ops_per_s:
+        raise UsageError("an idle guest has no rate of writes", "choose another workload")
     if disk not in DISKS:
         raise UsageError(f"unknown disk {disk!r}", f"choose one of {', '.join(DISKS)}")
     workload = [
@@ -156,6 +163,8 @@ def kernel_command_line(
         f"lab.seed={seed}",
         f"lab.time_writes={int(time_writes)}",
     ]
+    if rate_ops_per_s:
+        workload.append(f"lab.rate={rate_ops_per_s}")
     if disk != "none":
         workload.append(f"lab.disk={disk}")
     devices = {"net": net, "display": display, "balloon": balloon}

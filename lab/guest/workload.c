@@ -555,9 +555,15 @@ enum {
 
     /* Operations between two looks at the command to pause: some 0.3 ms. */
     BATCH = 1024,
+    /* A paced writer works and sleeps in turn, this often at most: a guest's timer is good for
+     * that, and a millisecond is what the host's samples resolve. */
+    PACES_PER_S = 1000,
+    /* What it is late by beyond this is lost, and is not made up for. */
+    LATE_NS = 10000000,
     TICK_MS = 100,
     /* Left free beside the working set, for the kernel itself. */
     MARGIN_MIB = 24,
+    MAX_RATE = 1000000000,
 };
 
 static const uint64_t PROGRESS_PAGE_MAGIC = UINT64_C(0x31474f525042414c); /* "LABPROG1" */
@@ -571,6 +577,7 @@ struct parameters {
     uint64_t threads;
     uint64_t seed;
     uint64_t time_writes;
+    uint64_t rate; /* operations a second of all writers; 0 is as many as they can do */
     struct devices devices;
 };
 
@@ -579,6 +586,11 @@ static const char *const DISK_NAMES[] = {"none", "ide", "virtio"};
 volatile uint64_t *progress;
 static volatile uint64_t *latency; /* the latency page, or NULL */
 static struct writer writers[MAX_THREADS];
+
+/* How paced writers work: so many operations, and as long from the start of these until the start
+ * of the next.  Not paced while `pace_ops` is zero. */
+static atomic_uint_fast64_t pace_ops;
+static uint64_t pace_ns;
 
 /* Pausing the writers between two operations, for the whole-set verifier. */
 static atomic_bool pause_wanted = true;
@@ -733,6 +745,8 @@ static void parse_parameter(struct parameters *p, const char *name, const char *
         p->seed = number(name, value, 0, UINT64_MAX);
     } else if (!strcmp(name, "lab.time_writes")) {
         p->time_writes = number(name, value, 0, 1);
+    } else if (!strcmp(name, "lab.rate")) {
+        p->rate = number(name, value, 0, MAX_RATE);
     } else if (!strcmp(name, "lab.disk")) {
         p->devices.disk = (enum disk)choice(name, value, DISK_NAMES, COUNT(DISK_NAMES));
     } else if (!strcmp(name, "lab.net")) {
@@ -902,16 +916,50 @@ static void pin(uint64_t thread)
     sched_setaffinity(0, sizeof(cpus), &cpus);
 }
 
+/* Pace the writers from now on; `rate` is not zero. */
+static void set_pace(uint64_t rate, uint64_t threads)
+{
+    uint64_t ops = rate / threads / PACES_PER_S;
+
+    ops = ops ? ops : 1;
+    pace_ns = ops * threads * UINT64_C(1000000000) / rate;
+    atomic_store(&pace_ops, ops);
+}
+
+/* Wait until it is time for a paced writer's next operations, and say when those after them are
+ * due. */
+static uint64_t wait_for_turn(uint64_t due_ns)
+{
+    uint64_t now = now_ns();
+
+    if (now > due_ns + LATE_NS) {
+        return now + pace_ns; /* begin anew: also what the first time does */
+    }
+    if (now < due_ns) {
+        struct timespec due = {.tv_sec = (time_t)(due_ns / 1000000000u),
+                               .tv_nsec = (long)(due_ns % 1000000000u)};
+
+        clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &due, NULL);
+    }
+    return due_ns + pace_ns;
+}
+
 static void *writer_main(void *argument)
 {
     struct writer *w = argument;
+    uint64_t due_ns = 0;
 
     pin(w->thread);
     for (;;) {
+        uint64_t ops = atomic_load_explicit(&pace_ops, memory_order_acquire);
+
         pause_if_wanted();
         if (w->kind == KIND_IDLE) {
             nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
             *w->ops = ++w->done;
+        } else if (ops) {
+            due_ns = wait_for_turn(due_ns);
+            run_operations(w, ops);
         } else {
             run_operations(w, BATCH);
         }
@@ -1098,6 +1146,9 @@ int main(void)
     if (p.kind != KIND_IDLE && wss_pages < p.threads) {
         fail("what=parameter name=lab.wss_mib value=%llu", (unsigned long long)p.wss_mib);
     }
+    if (p.kind == KIND_IDLE && p.rate) {
+        fail("what=parameter name=lab.rate value=%llu", (unsigned long long)p.rate);
+    }
     load_drivers(&p.devices);
     check_memory(p.wss_mib + (wss_pages * sizeof(*table) >> 20) + devices_need_mib(&p.devices));
 
@@ -1148,6 +1199,9 @@ int main(void)
     /* The allocate kind has the TLB flushed all the time by what it does. */
     if (p.kind != KIND_IDLE && p.kind != KIND_ALLOCATE) {
         warm_up(&p, wss_pages);
+    }
+    if (p.rate) {
+        set_pace(p.rate, p.threads);
     }
     start_devices(&p.devices, p.seed);
     tick(&p);

@@ -176,6 +176,13 @@ def test_the_command_line_has_what_the_guest_reads() -> None:
     ]
 
 
+def test_a_rate_of_operations_is_named_only_where_there_is_one() -> None:
+    words = kernel_command_line(
+        kind="random", wss_mib=1, threads=1, seed=1, rate_ops_per_s=5000
+    ).split()
+    assert words[-2:] == ["lab.time_writes=0", "lab.rate=5000"]
+
+
 def test_devices_are_named_only_where_there_are_some() -> None:
     words = kernel_command_line(
         kind="idle", wss_mib=0, threads=1, seed=1, disk="ide", display=True
@@ -194,6 +201,9 @@ def test_devices_are_named_only_where_there_are_some() -> None:
         {"wss_mib": 0},
         {"seed": -1},
         {"seed": 2**64},
+        {"rate_ops_per_s": -1},
+        {"rate_ops_per_s": protocol.MAX_RATE + 1},
+        {"rate_ops_per_s": 1, "kind": "idle"},
     ],
 )
 def test_parameters_that_the_guest_would_refuse_are_refused_before(

@@ -163,6 +163,22 @@ async def test_storage_of_several_rates_is_measured_side_by_side_and_named(tmp_p
     assert "image at" not in stamp_text(done, ["live, storage_mib_per_s=0"])
 
 
+async def test_guests_of_several_rates_are_measured_side_by_side_and_named(tmp_path: Path) -> None:
+    plan = Plan(methods=("live",), repeats=1, vary={"rate_ops_per_s": (5000, 0)})
+    assert "rate_ops_per_s varied" in describe(plan)[0]
+    done = await campaign(tmp_path / "set", FakeSampler(), plan)
+    assert plan_of(done) == plan
+    paced, full = "live, rate_ops_per_s=5000", "live, rate_ops_per_s=0"
+    assert {r.case: r.summary["rate_ops_per_s"] for r in done} == {paced: 5000, full: 0}
+    left, right = sides(done, done, paced, full)[0]
+    assert "rate_ops_per_s: 5000 -> 0" in comparison_text(left, right)
+    assert "unlimited/5000 operations/s" in stamp_text(done)
+    assert "5000 operations/s" in stamp_text(done, [paced])
+    assert "operations/s" not in stamp_text(done, [full])
+    workload = Workload(rate_ops_per_s=5000)
+    assert "5000 operations/s" in describe(Plan(methods=("live",), workload=workload))[0]
+
+
 def test_a_plan_says_how_fast_the_storage_is_and_refuses_what_can_not_use_it() -> None:
     storage = Storage(storage_mib_per_s=100)
     assert "image at 100 MiB/s" in describe(Plan(methods=("live",), storage=storage))[0]
@@ -294,7 +310,7 @@ def test_the_summary_line_has_every_field_and_null_for_what_does_not_apply() -> 
     assert line["engine"] is None
     assert line["wss_mib"] is None
     assert (line["disk"], line["disk_cache"], line["net"]) == ("none", None, False)
-    assert line["storage_mib_per_s"] == 0
+    assert line["storage_mib_per_s"] == line["rate_ops_per_s"] == 0
     assert line["verified"] is None
 
 

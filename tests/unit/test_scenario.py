@@ -61,7 +61,7 @@ workloads = st.builds(
     wss_mib=st.integers(1, 16),
     threads=st.integers(1, 8),
     seed=st.integers(0, 2**63 - 1),
-)
+) | st.builds(Workload, wss_mib=st.integers(1, 16), rate_ops_per_s=st.integers(1, 1_000_000_000))
 instruments = st.builds(
     Instruments,
     log_faults=st.booleans(),
@@ -123,6 +123,7 @@ def test_flags_default_to_the_fields_and_set_every_field(
         argv.append(f"--{flag}" if getattr(machine, name) else f"--no-{flag}")
     argv += [f"--workload={workload.kind}", f"--wss-mib={workload.wss_mib}"]
     argv += [f"--threads={workload.threads}", f"--seed={workload.seed}"]
+    argv.append(f"--rate-ops-per-s={workload.rate_ops_per_s}")
     argv.append(f"--storage-mib-per-s={storage.storage_mib_per_s}")
     for name, value in to_json(instruments).items():
         flag = name.replace("_", "-")
@@ -282,6 +283,8 @@ def test_an_unknown_key_deep_inside_is_refused() -> None:
         ),
         lambda: Workload(**_untyped({"kind": "busy"})),
         lambda: Workload(threads=0),
+        lambda: Workload(rate_ops_per_s=-1),
+        lambda: Workload("idle", rate_ops_per_s=1),
         lambda: Scenario(method="magic"),
         lambda: Scenario(machine=Machine(ram_mib=256), workload=Workload(wss_mib=256)),
         lambda: method("magic"),

@@ -254,6 +254,8 @@ async def test_two_boots_have_two_nonces(tmp_path: Path) -> None:
         ("lab.workload=busy", "lab.workload"),
         ("lab.seed=-1", "lab.seed"),
         ("lab.time_writes=2", "lab.time_writes"),
+        ("lab.workload=random lab.wss_mib=1 lab.rate=1000000001", "lab.rate"),
+        ("lab.workload=idle lab.rate=1", "lab.rate"),
         ("lab.unheard=1", "lab.unheard"),
         ("lab.workload=random lab.wss_mib=0", "lab.wss_mib"),
     ],
