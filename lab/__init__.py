@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lab.errors import (
     BuildError,
     GuestError,
+    GuestSilentError,
     HostError,
     LabError,
     LaunchError,
@@ -72,6 +73,7 @@ _LAZY: dict[str, str] = {
 __all__ = [
     "BuildError",
     "GuestError",
+    "GuestSilentError",
     "HostError",
     "LabError",
     "LaunchError",

@@ -5,7 +5,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable
 
-from lab.errors import GuestError
+from lab.errors import GuestError, GuestSilentError
 from lab.guest.protocol import Record, parse_record
 
 MAX_TEXT_CHARS = 4 << 20
@@ -59,8 +59,8 @@ class Console:
     ) -> Record:
         """Return the first record that `wanted` accepts among `records[since:]` and those to come.
 
-        :raise GuestError: when the guest printed a mangled record or closed the console first, or
-            the time is over.
+        :raise GuestSilentError: when the time is over.
+        :raise GuestError: when the guest printed a mangled record or closed the console first.
         """
         checked = since
         try:
@@ -78,7 +78,7 @@ class Console:
                     await self._changed.wait()
         except TimeoutError as error:
             last = self.tail(1)
-            raise GuestError(
+            raise GuestSilentError(
                 f"the guest was silent for {timeout_s:g} s"
                 + (f" after {last!r}" if last else " and printed nothing at all"),
                 "give it more time, or look at the console's text",

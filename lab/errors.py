@@ -9,7 +9,8 @@
     ├── BuildError           exit 1  QEMU or the guest could not be obtained or built
     ├── LaunchError          exit 1  QEMU did not start, or died; carries command, log and exit code
     ├── QmpError             exit 1  the monitor refused a command or went away
-    ├── GuestError           exit 1  the guest reported an error or stayed silent
+    ├── GuestError           exit 1  the guest reported an error
+    │   └── GuestSilentError exit 1  the guest did not say in time what it had to
     ├── SnapshotError        exit 1  a snapshot did not complete; the guest goes on
     ├── RestoreError         exit 1  an image could not be turned into a running guest
     └── RunError             exit 1  a recorded run cannot be read, or is newer than this code
@@ -92,6 +93,10 @@ class QmpError(LabError):
 
 class GuestError(LabError):
     """The guest reported an error, or did not report what it had to."""
+
+
+class GuestSilentError(GuestError):
+    """The guest did not say in time what it had to."""
 
 
 class SnapshotError(LabError):

@@ -12,7 +12,7 @@ from lab import plots, tables
 from lab.anatomy import df_fault_stages
 from lab.errors import RunError, UsageError
 from lab.floor.summary import df_floor_medians
-from lab.overhead import df_overhead
+from lab.overhead import df_overhead, df_sample_gaps
 from lab.run import Run, RunSet
 from lab.summary import heading
 
@@ -182,6 +182,12 @@ def against_figure(
 def overhead_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
     """What each instrument changes, as a ratio with its interval, beside the noise of boots."""
     ax = plots.plot_overhead(df_overhead(run_set), ax=ax)
+    return plots.stamp(ax, plots.stamp_text(run_set))
+
+
+def sample_gaps_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
+    """How far apart the samples of progress are before the request, by sampling interval."""
+    ax = plots.plot_sample_gaps(df_sample_gaps(run_set), ax=ax)
     return plots.stamp(ax, plots.stamp_text(run_set))
 
 

@@ -19,7 +19,7 @@ from lab.run import Run, RunSet, load_set
 from lab.scenario import recorded_dimension
 from lab.stats import compare, median
 from lab.summary import heading, shown
-from lab.tables import df_runs
+from lab.tables import BASELINE_NS, NS_PER_MS, df_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,3 +191,32 @@ def sampling_cost(run_set: RunSet) -> pd.DataFrame:
                 {"method": case, "n": len(reads), "read_us": median(reads), "share": median(shares)}
             )
     return pd.DataFrame(rows, columns=["method", "n", "read_us", "share"])
+
+
+def df_sample_gaps(run_set: RunSet) -> pd.DataFrame:
+    """How far apart the samples of progress are: one row for each two in succession, of the second
+    before the request, in which no snapshot holds anything up.
+
+    Columns: `run`; `interval_us`, what was asked for; `gap_ms`, between the middles of the reads.
+    """
+    parts = []
+    for run in run_set.measured():
+        if not run.has("progress"):
+            continue
+        t_ns = run.df_progress()["t_ns"]
+        request_ns = run.record.marks.request_ns
+        if request_ns is not None:
+            t_ns = t_ns[(t_ns >= request_ns - BASELINE_NS) & (t_ns < request_ns)]
+        parts.append(
+            pd.DataFrame(
+                {
+                    "run": run.name,
+                    "interval_us": recorded_dimension(run.record.scenario, "sample_interval_us"),
+                    "gap_ms": t_ns.diff().dropna() / NS_PER_MS,
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_GAP_COLUMNS)
+
+
+_GAP_COLUMNS = ["run", "interval_us", "gap_ms"]

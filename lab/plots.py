@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lab.scenario import METHODS, recorded_dimension
+from lab.scenario import METHODS, UNLIMITED_BY_ZERO, recorded_dimension
 from lab.stats import quantile
 
 if TYPE_CHECKING:
@@ -61,9 +61,30 @@ def _slot(method: str) -> int:
     return names.index(method) if method in names else len(names) + sum(map(ord, method))
 
 
+# There are more methods than colours: one that differs from another by the file's format alone
+# shares its colour, and is drawn broken.
+_COLOUR_OF = {
+    "live": 0,
+    "live-rfc": 1,
+    "live-inline": 2,
+    "live-mapped": 5,
+    "live-direct": 5,
+    "live-inline-mapped": 2,
+    "background": 3,
+    "migrate-to-file": 4,
+    "stop-and-copy": 6,
+}
+_BROKEN = ("live-direct", "live-inline-mapped")
+
+
 def colour(method: str) -> str:
     """The colour of a method, the same in every figure."""
-    return COLOURS[_slot(method) % len(COLOURS)]
+    return COLOURS[_COLOUR_OF.get(method, _slot(method)) % len(COLOURS)]
+
+
+def line_style(method: str) -> str:
+    """How a method's line is drawn: solid, or broken where another has the same colour."""
+    return "--" if method in _BROKEN else "-"
 
 
 def marker(method: str) -> str:
@@ -158,9 +179,8 @@ def plot_fault_latency(faults: pd.DataFrame, *, by: str = "method", ax: Axes | N
         share = np.arange(1, len(values) + 1) / len(values)
         label = None if name in labelled else name
         labelled.add(name)
-        ax.step(
-            values, share, where="post", color=colour(name), label=label, alpha=0.8, linewidth=1.2
-        )
+        style: dict[str, Any] = {"color": colour(name), "linestyle": line_style(name)}
+        ax.step(values, share, where="post", label=label, alpha=0.8, linewidth=1.2, **style)
     _log_us(ax)
     ax.set_ylim(0, 1.01)
     ax.set_ylabel("share of faults")
@@ -227,8 +247,10 @@ def plot_rates(
     """
     ax = _axes(ax)
     for row, (label, rate) in enumerate(rates.items()):
-        shade = (colours or {}).get(label) or colour((methods or {}).get(label, label))
-        ax.plot(rate["ms"], 100 * rate["share"], color=shade, label=label, linewidth=1.1)
+        method = (methods or {}).get(label, label)
+        shade = (colours or {}).get(label) or colour(method)
+        style = line_style(method)
+        ax.plot(rate["ms"], 100 * rate["share"], style, color=shade, label=label, linewidth=1.1)
         if pauses_ms and label in pauses_ms:
             # Above the axes, where no line runs, and with a tick: a pause of 1 ms is thinner than
             # a pixel.
@@ -345,6 +367,7 @@ def plot_fault_stages(stages: pd.DataFrame, *, axes: Sequence[Axes] | None = Non
                 labelled.add(method)
                 line: dict[str, Any] = {
                     "color": colour(method),
+                    "linestyle": line_style(method),
                     "alpha": 0.8,
                     "linewidth": 1.1,
                     "label": label,
@@ -400,6 +423,8 @@ def plot_varied(
     drawn = _panels(len(metrics)) if axes is None else list(axes)
     values = data[x].unique().tolist()
     values = values if data[x].dtype == object else sorted(values)
+    if x in UNLIMITED_BY_ZERO:
+        values.sort(key=lambda value: (value == 0, value))
     groups = _in_order(data[by]) if by == "method" else sorted(data[by].unique(), key=str)
     for ax, (metric, title) in zip(drawn, metrics.items(), strict=True):
         hidden = int((data[metric] <= 0).sum())
@@ -419,15 +444,20 @@ def plot_varied(
             where = np.asarray(places) + shift
             ax.plot(where, heights, color=shade, linewidth=1.4, label=str(group))
         _log_y(ax, positive[metric])
-        is_long = any(len(str(value)) > 5 for value in values)
+        names = [_value_name(x, value) for value in values]
+        is_long = any(len(name) > 5 for name in names)
         slant: dict[str, Any] = {"rotation": 30, "ha": "right"} if is_long else {}
-        ax.set_xticks(range(len(values)), [str(value) for value in values], **slant)
+        ax.set_xticks(range(len(values)), names, **slant)
         ax.set_xlabel(x)
         ax.set_title(f"{title} ({hidden} not shown)" if hidden else title, fontsize=9)
         ax.tick_params(labelsize=8)
     if len(groups) > 1:
         drawn[0].legend(fontsize=7)
     return drawn
+
+
+def _value_name(parameter: str, value: object) -> str:
+    return "unlimited" if parameter in UNLIMITED_BY_ZERO and value == 0 else str(value)
 
 
 def plot_against(
@@ -494,6 +524,34 @@ def plot_overhead(overhead: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.grid(visible=False, axis="y")
     ax.set_xlabel("with / without")
     ax.set_title("What each instrument changes (band: noise of boots)")
+    return ax
+
+
+def plot_sample_gaps(gaps: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """How many samples of progress are further than x from the one before: a line a boot, a colour
+    a sampling interval, both scales logarithmic.
+
+    :param gaps: `lab.overhead.df_sample_gaps`.
+    """
+    ax = _axes(ax)
+    intervals = sorted(gaps["interval_us"].unique().tolist())
+    for k, interval_us in enumerate(intervals):
+        label: str | None = f"every {interval_us / 1e3:g} ms"
+        for _, boot in gaps[gaps["interval_us"] == interval_us].groupby("run", sort=False):
+            values = np.sort(boot["gap_ms"].to_numpy(dtype=np.float64))
+            share = 1 - np.arange(len(values)) / len(values)
+            style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "alpha": 0.6}
+            ax.step(values, share, where="pre", linewidth=0.9, label=label, **style)
+            label = None
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(_plain))
+    ax.set_xlabel("since the sample before, ms")
+    ax.set_ylabel("share of samples that are as late, or later")
+    ax.set_title("How far apart the samples are, one line a boot")
+    if intervals:
+        ax.legend()
     return ax
 
 

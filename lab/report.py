@@ -26,6 +26,7 @@ from lab.overhead import (
 )
 from lab.run import RunSet
 from lab.sample import TAIL_LIMIT_S
+from lab.scenario import recorded_dimension
 from lab.summary import definitions, df_methods, df_readable, shown, warnings_of
 from lab.tables import COLUMNS, METRICS, df_runs
 
@@ -64,6 +65,15 @@ _LIMITS = (
     "interrupts, and with them "
     "releasing a page, several times dearer than on bare metal.",
 )
+
+# What they do not show where a parameter is not what it mostly is.
+_LIMITS_OF = {
+    "rate_ops_per_s": "The guest was to do so many operations a second and no more, and it makes "
+    "up for delays of up to 10 ms: what those cost it is not in the lost work.",
+    "storage_mib_per_s": "The image was written at a limited rate. Of a slow disk that shows the "
+    "rate alone, not how long a request takes, nor what others want of the disk; what is still on "
+    "its way when the duration ends is at most 2 ms of it.",
+}
 
 _FLOOR_LIMITS = (
     "A sample is one round, and each step of it is timed in a process of its own: what repeats "
@@ -152,8 +162,18 @@ def render_report(run_set: RunSet) -> str:
     parts += _instruments(run_set)
     parts.append("<h2>Every run</h2>" + _table(_every_run(run_set)))
     parts.append("<h2>What each number is</h2>" + _table(definitions(), "text"))
-    parts += _list("What the numbers do not show", _LIMITS)
+    parts += _list("What the numbers do not show", _limits(run_set))
     return "\n".join(parts + _tail(run_set))
+
+
+def _limits(run_set: RunSet) -> list[str]:
+    scenarios = [run.record.scenario for run in run_set]
+    special = [
+        text
+        for name, text in _LIMITS_OF.items()
+        if any(recorded_dimension(scenario, name) for scenario in scenarios)
+    ]
+    return [*_LIMITS, *special]
 
 
 def render_beside(pairs: Sequence[tuple[Path, Path]]) -> str:

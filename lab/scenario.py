@@ -462,6 +462,9 @@ def _methods() -> Iterator[Method]:
 METHODS: Mapping[str, Method] = types.MappingProxyType({m.name: m for m in _methods()})
 """Every method by name, in the order in which tables and figures show them."""
 
+UNLIMITED_BY_ZERO = ("rate_ops_per_s", "storage_mib_per_s")
+"""Parameters whose 0 is not the lowest value but no limit."""
+
 
 def method(name: str) -> Method:
     """Return the method called `name`; raise `UsageError` when there is none."""

@@ -6,7 +6,9 @@ iterations as it took: `Result.reproduce`.
 
 An iteration is `equal`, or `differs` when the oracle says so, or `failed` when the guest did not
 boot or go on, or the snapshot could not be taken or restored.  Either of the latter ends its
-trial, because nothing is known about that guest any more; the soak goes on with the next.
+trial, because nothing is known about that guest any more; the soak goes on with the next.  A guest
+that is silent at boot is booted once more; what is recorded of the first time, `no-guest`, has the
+number of the iteration that follows.
 """
 
 import asyncio
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import get_args
 
 from lab.draw import MAX_RAM_MIB, Choice, Offer, Trial, draw
-from lab.errors import GuestError, HostError, LabError, UsageError
+from lab.errors import GuestError, GuestSilentError, HostError, LabError, UsageError
 from lab.host import huge_pages, thp_settings
 from lab.oracle import Verification, verify_method
 from lab.ram import require_ram
@@ -87,7 +89,7 @@ async def soak(
     """Take random snapshots, verify each, and hand over its result at once.
 
     A result is of the snapshot that `on_start` named before, by its number, its trial and its
-    place in that, from 1.
+    place in that, from 1; or of a guest that did not boot, of which no snapshot was begun.
 
     :param seed: of the first trial; the next has the next.
     :param iterations: how many snapshots; without it and `minutes` there is no end.
@@ -97,33 +99,55 @@ async def soak(
     """
     loop = asyncio.get_running_loop()
     end_s = None if minutes is None else loop.time() + 60 * minutes
-    numbers = itertools.count(1)
+    number = 1
     for trial_seed in itertools.count(seed):
         trial = draw(trial_seed, choice, offer)
         try:
-            async with (
-                boot(trial.machine, trial.workload, binary=trial.variant) as vm,
-                _watched(vm),
-            ):
+            async with contextlib.AsyncExitStack() as stack:
+                vm = await _booted(trial, number, stack, on_result)
                 for shot in range(1, len(trial.shots) + 1):
                     if end_s is not None and loop.time() >= end_s:
                         return
-                    number = next(numbers)
                     on_start(number, trial, shot)
                     result = await _verified(vm, trial, shot, number, folder)
                     on_result(result)
                     if number == iterations:
                         return
+                    number += 1
                     if result.outcome != "equal":
                         break
         except (HostError, UsageError):
             raise
         except LabError as error:
             # The guest did not boot.  That is no snapshot, but nothing to pass over either.
-            number = next(numbers)
             on_result(_result(trial, 1, number, "failed", f"no guest: {error}"))
             if number == iterations:
                 return
+            number += 1
+
+
+async def _booted(
+    trial: Trial,
+    number: int,
+    stack: contextlib.AsyncExitStack,
+    on_result: Callable[[Result], None],
+) -> VM:
+    """Boot a trial's guest into `stack`; once more when it is silent, and hand that over as well.
+
+    A guest of several vCPUs hangs while it boots once in a thousand times or less, with no snapshot
+    anywhere near; that is noted, and does not keep its snapshots from being tried.
+    """
+    try:
+        vm = await stack.enter_async_context(
+            boot(trial.machine, trial.workload, binary=trial.variant)
+        )
+    except GuestSilentError as error:
+        on_result(_result(trial, 1, number, "no-guest", str(error)))
+        vm = await stack.enter_async_context(
+            boot(trial.machine, trial.workload, binary=trial.variant)
+        )
+    await stack.enter_async_context(_watched(vm))
+    return vm
 
 
 async def _verified(vm: VM, trial: Trial, shot: int, number: int, folder: Path) -> Result:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 FORMAT = "lab.soak/1"
 
-Outcome = Literal["equal", "differs", "failed"]
+Outcome = Literal["equal", "differs", "failed", "no-guest"]
+"""`no-guest` is not a snapshot's: the guest was silent at boot, and was booted once more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,7 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
     """
     outcomes = Counter(result.outcome for result in results)
     return {
-        "iterations": len(results),
+        "iterations": sum(result.outcome != "no-guest" for result in results),
         "trials": len({result.seed for result in results}),
         "seeds": _ranges(sorted({result.seed for result in results})),
         **{name: outcomes[name] for name in get_args(Outcome)},
@@ -197,6 +198,7 @@ def tally_text(results: Sequence[Result]) -> str:
         f"{total['equal']} equal, {total['differs']} differ, {total['failed']} failed\n"
         f"{total['pages_compared']} pages compared, {total['pages_differing']} differ; "
         f"{total['faults']} writes were held up"
+        + (f"\n{total['no-guest']} guests did not boot at first" if total["no-guest"] else "")
     )
 
 

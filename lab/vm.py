@@ -24,6 +24,8 @@ from lab.devices import DeviceFiles
 from lab.display import html_row
 from lab.errors import (
     GuestError,
+    GuestSilentError,
+    LabError,
     LaunchError,
     QmpError,
     RestoreError,
@@ -225,20 +227,32 @@ class VM:
     async def wait_ready(self, timeout_s: float = BOOT_TIMEOUT_S) -> None:
         """Wait until a guest that boots runs its writers; return at once when it does.
 
-        :raise GuestError: when it refuses the workload or says nothing in time.
+        :raise GuestError: when it refuses the workload.
+        :raise GuestSilentError: when it says nothing in time; the cause names what its vCPUs do.
         """
         if self._ready is not None:
             return
-        record = await self.watched(
-            self.console.wait_record(
-                _is_verdict, since=self._records_before_boot, timeout_s=timeout_s
-            ),
-            "the guest booted",
-        )
+        try:
+            record = await self.watched(
+                self.console.wait_record(
+                    _is_verdict, since=self._records_before_boot, timeout_s=timeout_s
+                ),
+                "the guest booted",
+            )
+        except GuestSilentError as error:
+            where = await self._vcpu_places()
+            raise GuestSilentError(f"{error.cause} ({where})", error.remedy) from error
         if record.kind == "error":
             raise guest_refusal(record)
         self._ready = ReadyRecord.from_record(record)
         await self._permit_reboot(False)
+
+    async def _vcpu_places(self) -> str:
+        """Say where each vCPU is, for a guest that nobody can ask."""
+        try:
+            return vcpu_places(await self.hmp("info registers -a"))
+        except LabError as error:
+            return f"its vCPUs can not be looked at: {error.cause}"
 
     async def vcpu_threads(self) -> dict[int, int]:
         """Return the index of the vCPU for each host thread that runs one."""
@@ -399,6 +413,20 @@ def guest_refusal(record: Record) -> GuestError:
     return GuestError(f"the guest refused the workload: {details}", "change the workload or RAM")
 
 
+_VCPU = re.compile(
+    r"^CPU#(?P<index>\d+)$.*?\bRIP=(?P<rip>[0-9a-f]+).*?\bHLT=(?P<halted>\d)", re.M | re.S
+)
+
+
+def vcpu_places(registers: str) -> str:
+    """Condense the monitor's `info registers -a`: where each vCPU is, and whether it is halted."""
+    found = [
+        f"vCPU {vcpu['index']} {'halted' if vcpu['halted'] == '1' else 'runs'} at {vcpu['rip']}"
+        for vcpu in _VCPU.finditer(registers.replace("\r", ""))
+    ]
+    return ", ".join(found) or "QEMU does not say where its vCPUs are"
+
+
 _RAM_BLOCK = re.compile(
     r"^\s*(?P<name>\S.*?)\s+(?P<page>\d+) (?P<unit>[KMG]iB)"
     r"\s+0x[0-9a-f]+\s+0x(?P<used>[0-9a-f]+)\s+0x(?P<total>[0-9a-f]+)"
@@ -514,7 +542,8 @@ async def boot(
     :raise UsageError: when machine and workload do not fit.
     :raise HostError: when the host lacks memory, a build or an accelerator.
     :raise LaunchError: when QEMU does not start or dies; carries command and log.
-    :raise GuestError: when the guest refuses the workload or says nothing in time.
+    :raise GuestError: when the guest refuses the workload.
+    :raise GuestSilentError: when it says nothing in time.
     """
     check_fit(machine, workload)
     async with _launched(find_qemu(binary), machine, workload) as vm:

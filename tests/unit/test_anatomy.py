@@ -175,6 +175,14 @@ def test_a_varied_parameter_is_drawn_in_its_order_and_what_has_no_place_is_said(
     assert np.asarray(line.get_ydata()).tolist() == [1.0, 256.0, 1792.0]
 
 
+def test_no_limit_is_drawn_beyond_the_highest_one() -> None:
+    rows = varied_runs().rename(columns={"chunk_kib": "storage_mib_per_s"})
+    rows["storage_mib_per_s"] = rows["storage_mib_per_s"].replace(256, 0)
+    (ax,) = plots.plot_varied(rows, "storage_mib_per_s", {"lost_work_ms": "lost work"})
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["512", "2048", "unlimited"]
+    assert np.asarray(ax.get_lines()[-1].get_ydata()).tolist() == [256.0, 1792.0, 1.0]
+
+
 def test_what_is_measured_is_drawn_against_a_number_on_log_scales() -> None:
     (ax,) = plots.plot_against(varied_runs(), "chunk_kib", {"lost_work_ms": "lost work"})
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lab.errors import QmpError
 from lab.guest.protocol import PAGE_BYTES
 from lab.oracle import _compare, _data, _Dump, _runs, _write_dump
-from lab.vm import RamBlock, parse_ram_blocks
+from lab.vm import RamBlock, parse_ram_blocks, vcpu_places
 
 
 @given(st.lists(st.booleans(), max_size=40))
@@ -85,3 +85,12 @@ def test_the_table_of_ram_blocks_is_read_with_names_that_hold_anything() -> None
 def test_a_line_that_is_no_ram_block_is_an_error() -> None:
     with pytest.raises(QmpError, match="not a RAM block"):
         parse_ram_blocks("heading\nunknown command: 'info ramblock'\n")
+
+
+def test_the_monitors_registers_are_condensed_to_where_each_vcpu_is() -> None:
+    text = (
+        "\r\nCPU#0\r\nRAX=0 RBX=1\r\nRIP=ffffffff81a3c0de RFL=00000246 [---Z-P-] CPL=0 II=0 A20=1"
+        " SMM=0 HLT=1\r\nES =0000\r\n\r\nCPU#1\r\nRIP=0000000000401000 RFL=00000202 HLT=0\r\n"
+    )
+    assert vcpu_places(text) == "vCPU 0 halted at ffffffff81a3c0de, vCPU 1 runs at 0000000000401000"
+    assert "does not say" in vcpu_places("unknown command: 'info registers'")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lab import figures, overhead, run
@@ -112,3 +113,32 @@ async def test_the_report_says_what_instruments_cost_and_where_that_was_measured
     assert "times of threads" in text
     monkeypatch.setattr(overhead, "RECORDED", measured.path / "nowhere")
     assert "Not measured in this set" in render_report(made)
+
+
+def test_samples_are_as_far_apart_as_they_were_before_the_request(
+    make_synthetic_set: MakeSet,
+) -> None:
+    made = make_synthetic_set(repeats=1)
+    gaps = overhead.df_sample_gaps(made)
+    assert set(gaps["run"]) == {one.name for one in made}
+    assert set(gaps["interval_us"]) == {1000}
+    for one in made:
+        t_ns, request_ns = one.df_progress()["t_ns"], one.record.marks.request_ns
+        assert request_ns is not None
+        before = t_ns[(t_ns >= request_ns - 1_000_000_000) & (t_ns < request_ns)]
+        own = gaps.loc[gaps["run"] == one.name, "gap_ms"]
+        assert len(own) == len(before) - 1 > 100
+        assert own.sum() == pytest.approx((before.iloc[-1] - before.iloc[0]) / 1e6)
+    ax = figures.sample_gaps_figure(made)
+    assert len(ax.get_lines()) == len(made)
+    assert ax.get_legend_handles_labels()[1] == ["every 1 ms"]
+    for line in ax.get_lines():
+        share = np.asarray(line.get_ydata())
+        assert share[0] == 1
+        assert (np.diff(share) < 0).all()
+
+
+def test_a_set_without_samples_has_no_gaps(tmp_path: Path) -> None:
+    made = run.create_set(tmp_path / "s", plan={}, host={}, binaries={}, lab={})
+    assert overhead.df_sample_gaps(made).empty
+    assert not figures.sample_gaps_figure(made).get_lines()

@@ -26,6 +26,7 @@ def _no_window() -> Iterator[None]:
 
 def test_methods_have_colours_and_markers_of_their_own() -> None:
     assert len({(plots.colour(m), plots.marker(m)) for m in METHODS}) == len(METHODS)
+    assert len({(plots.colour(m), plots.line_style(m)) for m in METHODS}) == len(METHODS)
     assert plots.colour("of-another-lab") == plots.colour("of-another-lab")
 
 

@@ -173,6 +173,26 @@ def test_report_says_the_same_for_the_same_set(make_synthetic_set: MakeSet) -> N
     assert render_report(made) == render_report(run.load_set(made.path))
 
 
+@pytest.mark.parametrize(
+    ("scenario", "says"),
+    [
+        ({"workload": {"rate_ops_per_s": 5000}}, "what those cost it is not in the lost work"),
+        ({"storage": {"storage_mib_per_s": 50}}, "at a limited rate"),
+    ],
+)
+def test_report_says_what_pacing_and_slow_storage_hide_where_there_were_any(
+    tmp_path: Path,
+    make_record: MakeRecord,
+    make_synthetic_set: MakeSet,
+    scenario: dict[str, dict[str, int]],
+    says: str,
+) -> None:
+    assert says not in render_report(make_synthetic_set())
+    made = run.create_set(tmp_path / "s", plan={}, host={}, binaries={}, lab={})
+    made.append(make_record("background", 0, outcome="failed", scenario=scenario), {})
+    assert says in render_report(made)
+
+
 def test_report_escapes_what_people_typed(tmp_path: Path, make_record: MakeRecord) -> None:
     made = run.create_set(
         tmp_path / "s", plan={}, host={}, binaries={}, lab={}, note="<b>mine & yours</b>"

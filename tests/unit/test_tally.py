@@ -63,6 +63,7 @@ DIFFERS = dataclasses.replace(
 )
 FAILED = dataclasses.replace(EQUAL, iteration=3, seed=8, method="live-rfc", outcome="failed")
 ALL = [EQUAL, DIFFERS, FAILED]
+NO_GUEST = dataclasses.replace(FAILED, outcome="no-guest", detail="silent", pages_compared=0)
 
 
 def write_record(path: Path) -> None:
@@ -119,6 +120,14 @@ def test_results_add_up() -> None:
     assert total["with"] == {"net": 1, "vnc": 0, "balloon": 0}
     assert summarise([])["iterations"] == 0
     assert summarise([EQUAL, DIFFERS])["seeds"] == "7, 9"
+
+
+def test_a_guest_that_did_not_boot_is_counted_and_is_no_snapshot() -> None:
+    total = summarise([*ALL, NO_GUEST])
+    assert (total["iterations"], total["failed"], total["no-guest"]) == (3, 1, 1)
+    assert "1 guests did not boot at first" in tally_text([*ALL, NO_GUEST])
+    assert "did not boot" not in tally_text(ALL)
+    assert findings([NO_GUEST], Choice())[0].startswith("no-guest: ")
 
 
 def test_the_table_counts_by_kind_and_by_vcpus() -> None:
