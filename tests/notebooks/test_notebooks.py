@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lab import notebooks, run
+from lab import measure, notebooks, run
 from lab.errors import LabError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +103,17 @@ async def test_a_cell_that_raises_fails_the_notebook_and_leaves_the_old_one(tmp_
     assert target.read_text() == "old"
     with pytest.raises(UsageError, match="0 cells are tagged"):
         await notebooks.execute(source, target, {"DATA": "x"})
+
+
+@each
+def test_live_it_takes_less_than_ten_minutes_by_the_estimate(path: Path) -> None:
+    sets = [run.load_set(ROOT / "data" / name) for name in notebooks.sets_named(path).values()]
+    plans = [measure.plan_of(one) for one in sets if one.kind != "floor"]
+    boots = sum(len(plan.cases()) for plan in plans)
+    source = "".join(text_of(cell) for cell in cells(path, "code"))
+    found = re.search(r"measure_again\(.*?repeats=(\d+)\)", source)
+    boots *= int(found[1]) if found else 1
+    assert boots * measure.TYPICAL_RUN_S < 600
 
 
 # --- What is in them --------------------------------------------------------------------------

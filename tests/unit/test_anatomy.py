@@ -41,7 +41,7 @@ def test_the_stages_of_a_fault_add_up_to_its_latency(make_synthetic_set: MakeSet
 
 def test_a_fault_nobody_queued_has_no_such_stage() -> None:
     """The engine `copy` serves a fault in the thread that reads it."""
-    stages = anatomy.df_fault_stages(run.load_set(DATA / "engine-disk").measured("live"))
+    stages = anatomy.df_fault_stages(run.load_set(DATA / "first-light").measured("live"))
     assert set(stages["stage"]) == {"saved", "released"}
 
 
@@ -84,8 +84,8 @@ def test_phases_come_in_their_order(make_synthetic_set: MakeSet) -> None:
 
 
 def test_the_floor_of_a_sweep_is_the_sum_of_what_is_in_it(floor: run.RunSet) -> None:
-    recorded = run.load_set(DATA / "engine-disk")
-    table = anatomy.df_against_floor(recorded, floor).set_index("step")
+    recorded = run.load_set(DATA / "first-light")
+    table = anatomy.df_against_floor(recorded, floor).query("method == 'live'").set_index("step")
     parts = table.iloc[:3]
     for column in ("floor_low_ms", "floor_high_ms"):
         whole = table.loc["sweep: all of these", column]
@@ -110,10 +110,11 @@ def test_the_floor_of_a_sweep_is_the_sum_of_what_is_in_it(floor: run.RunSet) -> 
 
 def test_the_file_system_of_the_image_decides_which_floor_counts(floor: run.RunSet) -> None:
     disk, tmpfs = (
-        anatomy.df_against_floor(run.load_set(DATA / name), floor).set_index("step")
-        for name in ("engine-disk", "engine-tmpfs")
+        anatomy.df_against_floor(run.load_set(DATA / name), floor)
+        .query("method == 'live'")
+        .set_index("step")
+        for name in ("first-light", "engine-tmpfs")
     )
-    assert set(disk["method"]) == {"live"}
     step = "write the image"
     assert float(disk["floor_high_ms"][step]) != float(tmpfs["floor_high_ms"][step])
 

@@ -97,4 +97,5 @@ def test_the_patches_broke_none_of_qemus_own_tests() -> None:
 
 
 def test_all_recorded_sets_together_are_small() -> None:
-    assert sum(file.stat().st_size for one in SETS for file in one.rglob("*")) < 20_000_000
+    files = [file for one in SETS for file in one.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 20_000_000
