@@ -221,12 +221,12 @@ def _rows(runs: Sequence[Run], steps: _Steps, prices: _Prices) -> list[dict[str,
             "one fault, handler's side", low, high, [us / 1e3 for us in latencies if us is not None]
         )
     )
-    wss_mib = runs[0].summary.get("wss_mib")
-    if copying and wss_mib and runs[0].summary.get("workload") == "random":
+    beyond_mib = (runs[0].summary.get("wss_mib") or 0) - _BUFFER_MIB
+    if copying and beyond_mib > 0 and runs[0].summary.get("workload") == "random":
         # Until its last pages are released, nearly every operation of a guest that writes to all
         # of its working set at random meets one of them; and no more than the buffer holds is
-        # released before it has been written.
-        stand = max(0.0, wss_mib - _BUFFER_MIB) / 2 * (write_us + copy_us) / 1e3
+        # released before it has been written.  Nothing is known of what the buffer holds whole.
+        stand = beyond_mib / 2 * (write_us + copy_us) / 1e3
         lost = [one.summary.get("lost_work_ms") for one in runs]
         rows.append(
             _row(

@@ -137,6 +137,19 @@ def test_what_the_floor_does_not_have_is_unknown_and_not_zero(floor: run.RunSet)
     assert math.isnan(prices.us("unprotect", "sweep", "call", ram_kind="silk"))
 
 
+@pytest.mark.parametrize(("wss_mib", "said"), [(32, False), (33, True)])
+def test_of_a_working_set_that_the_buffer_holds_no_floor_is_said(
+    wss_mib: int, said: bool, floor: run.RunSet
+) -> None:
+    small = run.load_set(DATA / "first-light")
+    for one in small:
+        one.summary["wss_mib"] = wss_mib
+    table = anatomy.df_against_floor(small, floor)
+    lost = table[(table["method"] == "live") & table["step"].str.endswith("lost work")]
+    assert len(lost) == said
+    anatomy.df_against_floor_readable(table)
+
+
 def test_a_set_of_snapshots_is_no_floor(make_synthetic_set: MakeSet) -> None:
     made = make_synthetic_set()
     with pytest.raises(RunError, match="no floor"):
