@@ -1,0 +1,60 @@
+"""Every notebook measures here and now where it is asked to, with guests that are small."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab import measure, notebooks, run
+
+pytestmark = [pytest.mark.vm, pytest.mark.notebook]
+
+ROOT = Path(__file__).resolve().parents[2]
+PATHS = notebooks.notebook_paths(ROOT / "notebooks")
+RAM_MIB = 192
+WSS_MIB = 32
+KNOWN_FAULTS = (7, 13)  # as many as 32 MiB hold in pages apart
+METHODS = ("live", "background", "migrate-to-file")
+TIMEOUT_S = 300.0
+
+
+def smaller(plan: measure.Plan) -> measure.Plan:
+    """A plan that asks the same of small guests: of each parameter two values, of sizes small
+    ones; where several parameters are varied together, of the others one.
+    """
+    vary: dict[str, Any] = {}
+    for place, (name, values) in enumerate(sorted(plan.vary.items())):
+        small = {"ram_mib": (RAM_MIB, 2 * RAM_MIB), "known_faults": KNOWN_FAULTS}
+        values = small.get(name, values)
+        vary[name] = tuple(values[: 2 if place == 0 or name == "workload" else 1])
+    return replace(
+        plan,
+        methods=tuple(name for name in plan.methods if name in METHODS),
+        machine=replace(plan.machine, ram_mib=RAM_MIB),
+        workload=replace(plan.workload, wss_mib=WSS_MIB),
+        vary=vary,
+    )
+
+
+def small_set(recorded: run.RunSet, folder: Path) -> run.RunSet:
+    """A set of nothing but a plan, which is all that measuring again asks for."""
+    plan = smaller(measure.plan_here(recorded))
+    return measure.open_set(folder / recorded.name, plan, measure.survey(plan))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+async def test_it_runs_live(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    parameters: dict[str, Any] = {"LIVE": True}
+    for parameter, name in notebooks.sets_named(path).items():
+        recorded = run.load_set(ROOT / "data" / name)
+        shown = recorded if recorded.kind == "floor" else small_set(recorded, tmp_path)
+        parameters[parameter] = str(shown.path)
+    target = tmp_path / "live.ipynb"
+    await notebooks.execute(path, target, parameters, timeout_s=TIMEOUT_S)
+    assert len(notebooks.save_figures(target, tmp_path / "figures")) >= 3
+    # What it shows was measured by it, and its guests and images are gone.
+    measured = [run.load_set(found.parent) for found in tmp_path.glob("*/*/set.json")]
+    assert all(one.complete and all(taken.ok for taken in one) for one in measured)
+    assert not list(tmp_path.glob("**/*.snap"))
