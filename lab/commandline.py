@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lab.devices import DeviceFiles, device_arguments
 from lab.errors import UsageError
+from lab.guest import micro
 from lab.guest.build import Guest
 from lab.guest.protocol import kernel_command_line
 from lab.host import require_kvm
@@ -25,7 +26,7 @@ def qemu_command(
     binary: Path,
     machine: Machine,
     workload: Workload,
-    guest: Guest,
+    guest: Guest | micro.Microguest,
     channels: Channels,
     files: DeviceFiles,
     *,
@@ -54,8 +55,11 @@ def qemu_command(
     command += ["-no-reboot"]
     command += ["-chardev", f"socket,id=qmp,fd={channels.qmp}", "-mon", "chardev=qmp,mode=control"]
     command += ["-chardev", f"socket,id=serial,fd={channels.serial}", "-serial", "chardev:serial"]
-    command += ["-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)]
-    command += ["-append", _append(machine, workload)]
+    if isinstance(guest, Guest):
+        command += ["-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)]
+        command += ["-append", _append(machine, workload)]
+    else:
+        command += ["-cpu", micro.CPU_MODEL, "-bios", str(files.rom)]
     command += device_arguments(machine, files)
     command += _engine_sizes(machine)
     # `defer`: the stream is named over QMP, so that its errors come back as QMP errors.
@@ -97,7 +101,7 @@ def check_host(machine: Machine) -> None:
     """
     require_ram(machine)
     if machine.accel == "kvm":
-        require_kvm()
+        require_kvm(machine.guest)
     check_arguments(machine.extra_args)
 
 

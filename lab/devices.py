@@ -21,6 +21,11 @@ class DeviceFiles:
     folder: Path
 
     @property
+    def rom(self) -> Path:
+        """The ROM that the microguest boots from."""
+        return self.folder / "rom"
+
+    @property
     def disk(self) -> Path:
         """The scratch disk, raw."""
         return self.folder / "disk"

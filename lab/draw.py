@@ -21,9 +21,12 @@ from lab.scenario import (
     DEFAULT_CHUNK_KIB,
     MAPPED_RAM,
     METHODS,
+    PAGE_KIB,
     RAM_RESERVE_MIB,
+    Accel,
     DiskAio,
     DiskCache,
+    GuestKind,
     Machine,
     Method,
     RamKind,
@@ -68,6 +71,9 @@ LATER_KINDS: tuple[WorkloadKind | None, ...] = (
 """What replaces the kind that was drawn, in half of the trials: a longer list of kinds would have
 changed what every seed gives."""
 
+MICRO: Mapping[str, Sequence[Any]] = {"page_kib": PAGE_KIB, "rate_ops_per_s": (0, 0, 5000)}
+"""What is drawn for the microguest besides."""
+
 # Sizes of the engine `copy`, which only the patched QEMU has.
 FAULT_AROUND_PAGES = (0, 0, 1, 16, 64, 256)
 """How many pages a fault takes along; 0 lets the engine choose."""
@@ -88,7 +94,7 @@ RESET = (False,) * 9 + (True,)
 
 # The guest refuses a working set that leaves it less; more than a `Scenario` asks for, because
 # every vCPU and every page of the working set takes some for itself.
-_GUEST_RESERVE_MIB = RAM_RESERVE_MIB + 16
+_GUEST_RESERVE_MIB = RAM_RESERVE_MIB["linux"] + 16
 
 _PAGE_KIB = 4
 _DENSE_GROUP_PAGES = 64
@@ -118,8 +124,17 @@ class Choice:
 
     methods: tuple[str, ...] = tuple(METHODS)
     ram_kinds: tuple[str, ...] = typing.get_args(RamKind)
+    guest: GuestKind = "linux"
+    """Not drawn, like the next: a guest under KVM is not everywhere, and another one is another
+    test."""
+    accel: Accel = "tcg"
 
     def __post_init__(self) -> None:
+        if self.guest not in typing.get_args(GuestKind) or self.accel not in ("tcg", "kvm"):
+            raise UsageError(
+                f"a guest {self.guest!r} under {self.accel!r}",
+                "choose linux or micro, and tcg or kvm",
+            )
         for name in self.methods:
             method(name)
         for kind in self.ram_kinds:
@@ -179,9 +194,12 @@ def draw(seed: int, choice: Choice | None = None, offer: Offer | None = None) ->
     choice, offer = choice or Choice(), offer or Offer()
     draft = _Draft(seed)
     machine = draft.draw_all({**MACHINE, "ram_kind": choice.ram_kinds})
+    machine |= {"guest": choice.guest, "accel": choice.accel}
     workload = draft.draw_all(WORKLOAD)
     workload["kind"] = draft.draw("kind 2", LATER_KINDS) or workload["kind"]
     workload["seed"] = draft.draw("workload seed", range(1, 1 << 32))
+    if choice.guest == "micro":
+        workload |= draft.draw_all(MICRO)
     variants = [
         variant
         for variant in VARIANTS
@@ -234,6 +252,8 @@ def _reconcile(
     thp = offer.thp if machine["ram_kind"] == "anon" else offer.shmem_thp and not huge
     if machine["thp"] and not thp:
         machine["thp"] = None
+    if machine["guest"] == "micro":
+        _reconcile_micro(machine, workload)
     _reconcile_disk(machine, offer)
     # The guest takes memory for the working set when idle, too.
     room_mib = machine["ram_mib"] - _GUEST_RESERVE_MIB
@@ -255,6 +275,15 @@ def _reconcile(
     spare_mib = room_mib - workload["wss_mib"] if machine["balloon"] else 0
     for shot in shots:
         _reconcile_shot(shot, needed_mib, spare_mib, offer)
+
+
+def _reconcile_micro(machine: dict[str, Any], workload: dict[str, Any]) -> None:
+    machine |= {"disk": "none", "net": False, "vnc": False, "balloon": False}
+    workload["threads"] = min(workload["threads"], machine["vcpus"])
+    if workload["kind"] == "allocate":
+        workload["kind"] = "random"
+    if workload["kind"] == "idle":
+        workload["rate_ops_per_s"] = 0
 
 
 def _reconcile_disk(machine: dict[str, Any], offer: Offer) -> None:

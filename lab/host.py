@@ -18,7 +18,7 @@ import psutil
 from lab.cache import cache_dir
 from lab.errors import HostError, LabError
 from lab.probe import KVM_DEVICE, UffdProbe, kvm_is_pvm, probe_kvm, probe_uffd
-from lab.scenario import HUGE_PAGE_MIB
+from lab.scenario import HUGE_PAGE_MIB, GuestKind
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -256,22 +256,25 @@ def require_disk(folder: Path, needed_mib: int, what: str, remedy: str) -> None:
         )
 
 
-def kvm_problem() -> str:
-    """Why a Linux guest does not run under KVM here; empty when it does. Takes a moment: it runs
-    an instruction.
+def kvm_problem(guest: GuestKind) -> str:
+    """Why a guest of this kind can not run under KVM here; empty when nothing is known that keeps
+    it from that. Takes a moment: it runs an instruction.
     """
     if problem := probe_kvm():
         return problem
-    return "KVM runs, but it is PVM: a Linux guest does not boot under it" if kvm_is_pvm() else ""
+    if guest == "linux" and kvm_is_pvm():
+        return "KVM runs, but it is PVM: a Linux guest does not boot under it"
+    return ""
 
 
-def require_kvm() -> None:
-    """Check that a Linux guest runs under KVM here.
+def require_kvm(guest: GuestKind) -> None:
+    """Check that nothing is known that keeps such a guest from running under KVM here.
 
-    :raise HostError: when it does not.
+    :raise HostError: when something does.
     """
-    if problem := kvm_problem():
-        raise HostError(problem, 'use accel="tcg"; see `lab doctor`')
+    if problem := kvm_problem(guest):
+        other = ' or guest="micro"' if guest == "linux" and kvm_is_pvm() else ""
+        raise HostError(problem, f'use accel="tcg"{other}; see `lab doctor`')
 
 
 # --- The checks of `lab doctor` --------------------------------------------------------------
@@ -421,13 +424,6 @@ def _check_huge_pages() -> list[Check]:
     return [Check(name="huge pages", status="ok", detail=detail)]
 
 
-def _check_kvm() -> list[Check]:
-    if problem := kvm_problem():
-        remedy = "guests run under TCG; for KVM use a host with hardware virtualisation"
-        return [Check(name="kvm", status="warn", detail=problem, remedy=remedy)]
-    return [Check(name="kvm", status="ok", detail="a vCPU runs")]
-
-
 def _room(name: str, free_mib: int, low_mib: int, too_low_mib: int, remedy: str) -> Check:
     detail = f"{free_mib} MiB available"
     if free_mib < too_low_mib:
@@ -506,7 +502,6 @@ _CHECKS: tuple[Callable[[], list[Check]], ...] = (
     _check_cpu,
     _check_thp,
     _check_huge_pages,
-    _check_kvm,
     _check_room,
     _check_programs,
     _check_built,

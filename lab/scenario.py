@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 else:
     _T = TypeVar("_T")
 
-Accel = Literal["tcg", "kvm"]
+Accel = Literal["tcg", "kvm", "auto"]
+GuestKind = Literal["linux", "micro"]
 RamKind = Literal["anon", "memfd", "memfd-private", "file", "file-private", "hugetlb"]
 DiskKind = Literal["none", "ide", "virtio"]
 DiskCache = Literal["writeback", "none"]
@@ -49,11 +50,17 @@ WorkloadKind = Literal[
 Variant = Literal["patched", "unpatched"]
 Mechanism = Literal["background", "precopy", "stopped"]
 
-MIN_RAM_MIB = 128
-"""The guest's kernel unpacks its initramfs in this much; less ends in a panic at boot."""
+MIN_RAM_MIB: Mapping[str, int] = types.MappingProxyType({"linux": 128, "micro": 16})
+"""By guest.  Linux unpacks its initramfs in this much; less ends in a panic at boot."""
 
-RAM_RESERVE_MIB = 96
-"""Guest RAM that a working set can not have: the kernel, its page tables and the initramfs."""
+RAM_RESERVE_MIB: Mapping[str, int] = types.MappingProxyType({"linux": 96, "micro": 8})
+"""By guest, what a working set can not have: the kernel, its page tables and the initramfs."""
+
+MICRO_TABLES_SHARE = 64
+"""A MiB of so much of the microguest's working set goes to page tables and versions, and more."""
+
+PAGE_KIB = (4, 2048)
+"""Sizes of the pages that the microguest can map its working set by."""
 
 HUGE_PAGE_MIB = 2
 """What guest RAM of the kind `hugetlb` consists of."""
@@ -94,6 +101,13 @@ def _require_strings(name: str, value: object) -> None:
 class Machine:
     """The virtual machine: a QEMU `pc` with RAM, vCPUs, a serial port, and the devices named here.
 
+    `guest` is what runs in it: a Linux that runs the workload as a program, or the microguest,
+    which is the workload and nothing else: no kernel, no devices, and a vCPU for each writer.  It
+    boots in a tenth of a second, and is the one guest that runs under a KVM that is PVM.
+
+    `accel` "auto" is KVM where a guest of this kind is seen to run under it, and TCG elsewhere;
+    `lab.accelerator` finds out, and a machine that runs has the one or the other.
+
     `ram_kind` is what backs guest RAM; `lab.ram` says what each kind is.
     `thp` False forbids transparent huge pages to the QEMU process, True asks for them (QEMU asks
     by itself, so True only states what is expected) and None leaves the host's policy as it is.
@@ -114,7 +128,12 @@ class Machine:
 
     ram_mib: int = field(default=1024, metadata={"help": "guest RAM in MiB"})
     vcpus: int = field(default=1, metadata={"help": "number of vCPUs"})
-    accel: Accel = field(default="tcg", metadata={"help": "QEMU's accelerator"})
+    accel: Accel = field(
+        default="tcg", metadata={"help": "QEMU's accelerator; auto: kvm where the guest runs on it"}
+    )
+    guest: GuestKind = field(
+        default="linux", metadata={"help": "what runs in it: Linux, or the microguest"}
+    )
     ram_kind: RamKind = field(default="anon", metadata={"help": "what backs guest RAM"})
     thp: bool | None = field(
         default=None, metadata={"help": "transparent huge pages for guest RAM (host's policy)"}
@@ -144,7 +163,8 @@ class Machine:
     )
 
     def __post_init__(self) -> None:
-        _require_int("ram_mib", self.ram_mib, MIN_RAM_MIB, 1024 * 1024)
+        _require_choice("guest", self.guest, GuestKind)
+        _require_int("ram_mib", self.ram_mib, MIN_RAM_MIB[self.guest], 1024 * 1024)
         _require_int("vcpus", self.vcpus, 1, MAX_VCPUS)
         _require_choice("accel", self.accel, Accel)
         _require_choice("ram_kind", self.ram_kind, RamKind)
@@ -161,6 +181,7 @@ class Machine:
         )
         for name in ("disk_iothread", "net", "vnc", "balloon"):
             _require_bool(name, getattr(self, name))
+        self._check_guest()
         self._check_disk()
         self._check_sizes()
         _require_strings("extra_args", self.extra_args)
@@ -180,6 +201,15 @@ class Machine:
             self.fault_around_pages * 4 <= self.chunk_kib,
             f"{self.fault_around_pages} pages are more than a chunk of {self.chunk_kib} KiB",
             "use fewer fault_around_pages, or a larger chunk_kib",
+        )
+
+    def _check_guest(self) -> None:
+        devices = {name: getattr(self, name) for name in ("disk", "net", "vnc", "balloon")}
+        used = [name for name, value in devices.items() if value not in ("none", False)]
+        _require(
+            self.guest == "linux" or not used,
+            f"the microguest has no driver for {', '.join(used)}",
+            "use guest linux, or leave devices unset",
         )
 
     def _check_disk(self) -> None:
@@ -231,6 +261,10 @@ class Workload:
     has so much to do and is idle otherwise: a delay of up to 10 ms is made up for, and what a
     longer one cost is lost.
 
+    The microguest can map its working set by pages of 2 MiB (`page_kib` 2048), as a guest with
+    transparent huge pages of its own does.  It does not allocate, has no more writers than vCPUs,
+    and does not sleep: a paced or an idle one keeps its vCPUs busy with waiting.
+
     Raises `UsageError` for values that can not work.
     """
 
@@ -248,6 +282,10 @@ class Workload:
         default=0,
         metadata={"help": "operations of all writers in a second; 0: as many as they can do"},
     )
+    page_kib: int = field(
+        default=4,
+        metadata={"help": "guest pages that map the working set: 4, or 2048 in the microguest"},
+    )
 
     def __post_init__(self) -> None:
         _require_choice("workload", self.kind, WorkloadKind)
@@ -264,6 +302,11 @@ class Workload:
             not (self.rate_ops_per_s and self.kind == "idle"),
             "an idle guest has no rate of writes",
             "choose another workload, or rate_ops_per_s=0",
+        )
+        _require(
+            self.page_kib in PAGE_KIB,
+            f"page_kib is {self.page_kib!r}",
+            f"choose from: {', '.join(map(str, PAGE_KIB))}",
         )
 
 
@@ -516,12 +559,37 @@ class Scenario:
 
 
 def check_fit(machine: Machine, workload: Workload) -> None:
-    """Raise `UsageError` unless the working set fits into the machine's RAM."""
-    room_mib = machine.ram_mib - RAM_RESERVE_MIB
+    """Raise `UsageError` unless the machine's guest can do this: the working set fits into its RAM,
+    and it is not the microguest that is asked for what that can not.
+    """
+    room_mib = machine.ram_mib - RAM_RESERVE_MIB[machine.guest]
+    if machine.guest == "micro":
+        room_mib -= -(-workload.wss_mib // MICRO_TABLES_SHARE)
+        _check_micro(machine, workload)
+    else:
+        _require(
+            workload.page_kib == PAGE_KIB[0],
+            "the Linux guest maps its working set by pages of 4 KiB",
+            "leave page_kib unset, or use guest micro",
+        )
     _require(
-        workload.kind == "idle" or workload.wss_mib <= room_mib,
+        # The working set of an idle microguest is there all the same.
+        (workload.kind == "idle" and machine.guest == "linux") or workload.wss_mib <= room_mib,
         f"a working set of {workload.wss_mib} MiB does not fit into {machine.ram_mib} MiB of RAM",
         f"use wss_mib={max(room_mib, 1)} or less, or more RAM",
+    )
+
+
+def _check_micro(machine: Machine, workload: Workload) -> None:
+    _require(
+        workload.kind != "allocate",
+        "the microguest has no kernel that it could give memory back to",
+        "choose another workload, or guest linux",
+    )
+    _require(
+        workload.kind == "idle" or workload.threads <= machine.vcpus,
+        f"{workload.threads} writers of the microguest need as many vCPUs",
+        f"use vcpus={workload.threads} or more, or fewer threads",
     )
 
 

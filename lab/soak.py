@@ -165,6 +165,7 @@ async def _verified(vm: VM, trial: Trial, shot: int, number: int, folder: Path) 
         if found.equal:
             await vm.wait_ready()
             await _goes_on(vm)
+            await _is_whole(vm)
     except (HostError, UsageError):
         raise
     except LabError as error:
@@ -257,6 +258,15 @@ async def _goes_on(vm: VM) -> None:
         raise GuestError(
             f"the guest found {now.page_errors} damaged pages, {now.device_errors} device errors"
         )
+
+
+async def _is_whole(vm: VM) -> None:
+    """Have the guest look at every word of its working set.
+
+    :raise GuestError: when it finds one wrong.
+    """
+    if bad := await vm.verify_working_set():
+        raise GuestError(f"the guest found {bad} pages of its working set wrong")
 
 
 def _counted(vm: VM) -> dict[str, bool]:

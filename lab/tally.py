@@ -66,6 +66,10 @@ def choice_arguments(choice: Choice) -> list[str]:
         flags += [f"--method={name}" for name in choice.methods]
     if choice.ram_kinds != Choice().ram_kinds:
         flags += [f"--ram-kind={kind}" for kind in choice.ram_kinds]
+    if choice.guest != Choice().guest:
+        flags.append(f"--guest={choice.guest}")
+    if choice.accel != Choice().accel:
+        flags.append(f"--accel={choice.accel}")
     return flags
 
 
@@ -135,6 +139,11 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
         "pages_differing": sum(result.pages_differing for result in results),
         "faults": sum(result.faults or 0 for result in results),
         "by_method": _counts(result.method for result in results),
+        # Of a record from before there was a choice, what there was.
+        "by_guest": _counts(
+            f"{result.machine.get('guest', 'linux')} {result.machine['accel']}"
+            for result in results
+        ),
         "by_ram_kind": _counts(result.machine["ram_kind"] for result in results),
         "by_vcpus": _counts(str(result.machine["vcpus"]) for result in results),
         "by_workload": _counts(result.workload["kind"] for result in results),

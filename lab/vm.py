@@ -10,6 +10,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import re
 import socket
 import uuid
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lab import mailbox
+from lab.accelerator import settled
 from lab.commandline import Channels, check_host, qemu_command
 from lab.console import Console, attached
 from lab.devices import DeviceFiles
@@ -32,6 +35,7 @@ from lab.errors import (
     SnapshotError,
     UsageError,
 )
+from lab.guest import micro
 from lab.guest.build import Guest, find_guest
 from lab.guest.protocol import PAGE_BYTES, LatencyPage, ProgressPage, ReadyRecord, Record
 from lab.host import NAME_PREFIX
@@ -39,7 +43,7 @@ from lab.hostmem import read_process
 from lab.process import QUIT_GRACE_S, Process, running
 from lab.qemu.build import QemuBinary, find_qemu
 from lab.qmp import COMMAND_TIMEOUT_S, Event, Qmp, connected
-from lab.scenario import MAPPED_RAM, Machine, Variant, Workload, check_fit, method
+from lab.scenario import MAPPED_RAM, Accel, Machine, Variant, Workload, check_fit, method
 from lab.sidecar import Sidecar, read_sidecar
 from lab.workdir import private_folder
 
@@ -88,7 +92,7 @@ class VM:
         machine: Machine,
         workload: Workload,
         binary: QemuBinary,
-        guest: Guest,
+        guest: Guest | micro.Microguest,
         files: DeviceFiles,
         name: str,
     ) -> None:
@@ -104,8 +108,11 @@ class VM:
         self.name = name
         self.machine_type = ""
         """The versioned name of the machine type, such as pc-i440fx-10.0."""
+        self.fallback = ""
+        """Why accelerator "auto" is not KVM; empty when it is, or was not asked for."""
         self._ready: ReadyRecord | None = None
         self._records_before_boot = 0
+        self._nonce_before_boot: int | None = None
         self._busy_with: str | None = None
 
     def __repr__(self) -> str:
@@ -204,6 +211,7 @@ class VM:
 
         :raise QmpError: when QEMU does not reset the machine.
         """
+        self._nonce_before_boot = None if self._ready is None else self._ready.nonce
         self._ready = None
         self._records_before_boot = len(self.console.records)
         self.console.restarted()
@@ -233,19 +241,44 @@ class VM:
         if self._ready is not None:
             return
         try:
-            record = await self.watched(
-                self.console.wait_record(
-                    _is_verdict, since=self._records_before_boot, timeout_s=timeout_s
-                ),
-                "the guest booted",
-            )
+            self._ready = await self._wait_writers(timeout_s)
         except GuestSilentError as error:
             where = await self._vcpu_places()
             raise GuestSilentError(f"{error.cause} ({where})", error.remedy) from error
+        await self._permit_reboot(False)
+
+    async def _wait_writers(self, timeout_s: float) -> ReadyRecord:
+        if self.machine.guest == "micro":
+            return await mailbox.wait_running(self, self._nonce_before_boot, timeout_s)
+        record = await self.watched(
+            self.console.wait_record(
+                _is_verdict, since=self._records_before_boot, timeout_s=timeout_s
+            ),
+            "the guest booted",
+        )
         if record.kind == "error":
             raise guest_refusal(record)
-        self._ready = ReadyRecord.from_record(record)
-        await self._permit_reboot(False)
+        return ReadyRecord.from_record(record)
+
+    async def verify_working_set(self) -> int:
+        """Have the guest compare every word of its working set, and return how many of its pages
+        were wrong.  Its writers stand still meanwhile, for as long as a second a GiB or two.
+
+        :raise GuestSilentError: when the guest does not answer.
+        """
+        if self.machine.guest == "micro":
+            return await mailbox.count_bad_pages(self)
+        since = len(self.console.records)
+        await self.console.type("verify")
+        record = await self.watched(
+            self.console.wait_record(
+                lambda record: record.kind == "verify",
+                since=since,
+                timeout_s=mailbox.VERIFY_TIMEOUT_S,
+            ),
+            "its guest verified its pages",
+        )
+        return int(record.fields["bad"])
 
     async def _vcpu_places(self) -> str:
         """Say where each vCPU is, for a guest that nobody can ask."""
@@ -479,7 +512,7 @@ async def _launched(
 
     :raise LaunchError: when it dies first.
     """
-    guest = find_guest()
+    guest = micro.find_microguest() if machine.guest == "micro" else find_guest()
     await asyncio.to_thread(check_host, machine)
     name = f"{NAME_PREFIX}{uuid.uuid4()}"
     qmp_socket, qmp_child = socket.socketpair()
@@ -489,6 +522,8 @@ async def _launched(
             stack.callback(sock.close)
         files = DeviceFiles(stack.enter_context(private_folder("lab-devices-")))
         files.create(machine)
+        if isinstance(guest, micro.Microguest):
+            files.rom.write_bytes(micro.rom_for(guest.rom.read_bytes(), machine, workload))
         command = qemu_command(
             binary.path,
             machine,
@@ -546,7 +581,9 @@ async def boot(
     :raise GuestSilentError: when it says nothing in time.
     """
     check_fit(machine, workload)
-    async with _launched(find_qemu(binary), machine, workload) as vm:
+    choice = await settled(machine)
+    async with _launched(find_qemu(binary), choice.machine, workload) as vm:
+        vm.fallback = choice.fallback
         await vm._find_machine_type()
         await vm.wait_ready(timeout_s)
         yield vm
@@ -554,7 +591,12 @@ async def boot(
 
 @contextlib.asynccontextmanager
 async def restore(
-    path: str | Path, *, paused: bool = False, binary: Variant | None = None, channels: int = 1
+    path: str | Path,
+    *,
+    paused: bool = False,
+    binary: Variant | None = None,
+    channels: int = 1,
+    accel: Accel | None = None,
 ) -> AsyncIterator[VM]:
     """Restore the guest from the snapshot `path`; it runs unless `paused`.
 
@@ -566,6 +608,8 @@ async def restore(
     :param binary: which QEMU; None is the kind that took the snapshot.
     :param channels: how many threads read the image; more than one takes an image in which each
         page has its place, such as `live-mapped` makes.
+    :param accel: None is the one that it was taken under.  An image taken under TCG can be
+        restored under KVM; one taken under KVM holds the state of KVM's clock, which TCG has not.
     :raise UsageError: when the image can not be read by more than one thread.
     :raise RestoreError: when the image or its sidecar is missing, cut short, of another machine
         type or another format, or does not restore.
@@ -580,10 +624,18 @@ async def restore(
             "use channels=1, or take the snapshot with method live-mapped",
         )
     qemu = find_qemu(binary or sidecar.binary.variant)
+    wanted = dataclasses.replace(sidecar.machine, accel=accel or sidecar.machine.accel)
+    choice = await settled(wanted)
+    if sidecar.machine.accel == "kvm" and choice.machine.accel == "tcg":
+        raise RestoreError(
+            f"{image.name} was taken under KVM and holds the state of KVM's clock, which TCG can "
+            "not load",
+            'restore it with accel="kvm"',
+        )
     try:
         launched = _launched(
             qemu,
-            sidecar.machine,
+            choice.machine,
             sidecar.workload,
             machine_type=sidecar.machine_type,
             incoming=True,
@@ -597,6 +649,7 @@ async def restore(
         ) from error
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_exit(launched)
+        vm.fallback = choice.fallback
         vm.machine_type = sidecar.machine_type
         await _load(vm, image, sidecar, mapped=mapped, channels=channels)
         vm._ready = sidecar.ready

@@ -1,4 +1,4 @@
-"""``lab build``: the QEMU binaries and the guest."""
+"""``lab build``: the QEMU binaries and the guests."""
 
 import argparse
 import json
@@ -11,8 +11,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "build",
-        help="build QEMU, patched and unpatched, and the guest",
-        description="Build what is missing: QEMU with and without the patch series, and the guest.",
+        help="build QEMU, patched and unpatched, and the guests",
+        description="Build what is missing: QEMU with and without the patch series, and guests.",
     )
     parser.add_argument(
         "--print",
@@ -40,6 +40,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 async def _build(args: argparse.Namespace) -> int:
     from lab.guest.build import ensure_guest
+    from lab.guest.micro import ensure_microguest
     from lab.qemu.build import ensure_qemu
 
     if args.check_series:
@@ -49,6 +50,7 @@ async def _build(args: argparse.Namespace) -> int:
     with ProgressLine() as progress:
         binaries = await ensure_qemu(progress, refresh_source=args.refresh_source)
         await ensure_guest(progress)
+        await ensure_microguest(progress)
     if args.print_json:
         print(json.dumps({name: str(binary.path) for name, binary in sorted(binaries.items())}))
     else:

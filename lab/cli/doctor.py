@@ -21,13 +21,14 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.set_defaults(handler=_doctor)
 
 
-def _doctor(args: argparse.Namespace) -> int:
+async def _doctor(args: argparse.Namespace) -> int:
     import msgspec
 
+    from lab.accelerator import kvm_checks
     from lab.host import HostInfo, run_checks
 
     host = HostInfo.collect()
-    checks = run_checks()
+    checks = run_checks() + await kvm_checks()
     if args.json:
         print(msgspec.json.encode({"host": host, "checks": checks}).decode())
     else:

@@ -2,8 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from lab.cli.boot import add_running_arguments, show_speed
+from lab.scenario import Accel
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,6 +30,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="N",
         help="threads that read the image; more than 1 for a live-mapped one (default 1)",
     )
+    parser.add_argument(
+        "--accel",
+        choices=get_args(Accel),
+        help="QEMU's accelerator (default: the one that it was taken under)",
+    )
     add_running_arguments(parser)
     parser.set_defaults(handler=_restore)
 
@@ -36,7 +43,11 @@ async def _restore(args: argparse.Namespace) -> int:
     from lab.vm import restore
 
     async with restore(
-        args.path, paused=args.paused, binary=args.binary, channels=args.channels
+        args.path,
+        paused=args.paused,
+        binary=args.binary,
+        channels=args.channels,
+        accel=args.accel,
     ) as vm:
         await show_speed(vm, args)
     return 0

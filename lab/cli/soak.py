@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 from lab.errors import UsageError
 from lab.progress import ProgressLine
-from lab.scenario import METHODS, RamKind
+from lab.scenario import METHODS, Accel, GuestKind, Machine, RamKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,6 +60,18 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "this host has)",
     )
     parser.add_argument(
+        "--guest",
+        choices=get_args(GuestKind),
+        default="linux",
+        help="what the guests run (default linux)",
+    )
+    parser.add_argument(
+        "--accel",
+        choices=get_args(Accel),
+        default="tcg",
+        help="QEMU's accelerator; auto: kvm where the guest runs on it (default tcg)",
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the record (default: a new one in the cache)"
     )
     parser.add_argument("--json", action="store_true", help="the record on stdout as well")
@@ -67,6 +79,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 async def _soak(args: argparse.Namespace) -> int:
+    from lab.accelerator import settled
     from lab.cache import cache_dir
     from lab.draw import Choice
     from lab.host import HostInfo
@@ -78,9 +91,12 @@ async def _soak(args: argparse.Namespace) -> int:
     for name, value in (("--minutes", args.minutes), ("--iterations", args.iterations)):
         if value is not None and value <= 0:
             raise UsageError(f"{name} {value}", "give a number above 0")
+    chosen = await settled(Machine(guest=args.guest, accel=args.accel))
     choice = Choice(
         methods=tuple(dict.fromkeys(args.methods or Choice().methods)),
         ram_kinds=tuple(dict.fromkeys(args.ram_kinds or Choice().ram_kinds)),
+        guest=args.guest,
+        accel=chosen.machine.accel,
     )
     seed = random.randrange(MAX_SEED) if args.seed is None else args.seed
     minutes = args.minutes
@@ -88,6 +104,7 @@ async def _soak(args: argparse.Namespace) -> int:
         minutes = DEFAULT_MINUTES
     ground = {
         "host": HostInfo.collect(),
+        "accel_fallback": chosen.fallback,
         "qemu": {
             name: f"{binary.version} ({binary.build_id})"
             for name in VARIANTS

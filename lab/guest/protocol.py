@@ -51,7 +51,9 @@ PROGRESS_OPS = 16
 PROGRESS_OPS_STRIDE = 8
 #: First of the four words about devices, where the last thread's counter leaves room.
 PROGRESS_DEVICES = 508
-STATES = {1: "populating", 2: "running"}
+STATES = {1: "populating", 2: "running", 3: "refused"}
+#: Words of the microguest: the number of the host's request, of the one answered, the answer.
+PROGRESS_REQUEST = 13
 
 LATENCY_MAGIC = 0x315954414C42414C  # "LABLATY1"
 #: Sub-buckets an octave of the operations' durations, and buckets in all.
@@ -271,12 +273,14 @@ class ProgressPage:
     The counters are stored one by one, not as a snapshot of one instant: between two threads'
     counters, or between `ops` and `page_checks`, a running guest goes on.
 
-    :param state: "populating" or "running".
+    :param state: "populating", "running" or, of the microguest alone, "refused".
     :param page_errors: pages found torn, stale or damaged by the writers.
     :param page_checks: pages checked, as of the last tick.
     :param table_gpa: guest physical address of the version table's first page, 0 without one.
     :param tick_ns: the guest's CLOCK_MONOTONIC at its last tick, ten times a second.
     :param latency_gpa: guest physical address of the latency page, 0 when nothing is timed.
+    :param answered: number of the request that the microguest answered last.
+    :param answer: pages that it found wrong; where it refused to run, why.
     :param ops: operations completed, for each thread.
     :param disk_ops: reads and writes of the disk done; like the next two, 0 without the device.
     :param net_packets: packets that came back over the network.
@@ -296,6 +300,8 @@ class ProgressPage:
     tick_ns: int
     latency_gpa: int
     ops: tuple[int, ...]
+    answered: int = 0
+    answer: int = 0
     disk_ops: int = 0
     net_packets: int = 0
     display_writes: int = 0
@@ -337,6 +343,8 @@ class ProgressPage:
             table_gpa=word[10],
             tick_ns=word[11],
             latency_gpa=word[12],
+            answered=word[PROGRESS_REQUEST + 1],
+            answer=word[PROGRESS_REQUEST + 2],
             ops=tuple(word[PROGRESS_OPS + PROGRESS_OPS_STRIDE * i] for i in range(word[3])),
             disk_ops=word[PROGRESS_DEVICES],
             net_packets=word[PROGRESS_DEVICES + 1],

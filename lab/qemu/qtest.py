@@ -272,7 +272,7 @@ async def run_migration_tests(
     began = time.monotonic()
     binaries = await ensure_qemu(progress)
     programs = await ensure_test_program(PROGRAM, progress, edit=_on_pc)
-    hide_kvm = KVM_DEVICE.exists() and bool(kvm_problem())
+    hide_kvm = KVM_DEVICE.exists() and bool(kvm_problem("linux"))
     bench = _Bench(binaries, programs, hide_kvm)
     has = {variant: await bench.names(variant) for variant in VARIANTS}
     tests = list(dict.fromkeys([*has["unpatched"], *has["patched"]]))

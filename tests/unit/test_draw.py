@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import typing
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from lab.draw import (
     FAULT_AROUND_PAGES,
     LATER_KINDS,
     MACHINE,
+    MICRO,
     SHOTS,
     WORKLOAD,
     Choice,
@@ -25,6 +27,7 @@ from lab.errors import UsageError
 from lab.scenario import (
     METHODS,
     RAM_RESERVE_MIB,
+    GuestKind,
     Machine,
     RamKind,
     Scenario,
@@ -35,9 +38,9 @@ from lab.scenario import (
 )
 
 KINDS = typing.get_args(RamKind)
-#: Fields that are not drawn: KVM is not everywhere, what `extra_args` may hold is anything, and a
-#: guest that is not paced is the harder one.
-NOT_DRAWN = {"accel", "extra_args", "rate_ops_per_s"}
+#: Fields that are not drawn: KVM is not everywhere, the guest is chosen, what `extra_args` may hold
+#: is anything, and a Linux guest that is not paced is the harder one.
+NOT_DRAWN = {"accel", "guest", "extra_args", "rate_ops_per_s", "page_kib"}
 #: Fields that go with the binary, and are drawn after it.
 SIZES = {"fault_around_pages", "chunk_kib"}
 
@@ -54,6 +57,8 @@ choices = st.builds(
     Choice,
     methods=st.lists(st.sampled_from(sorted(METHODS)), min_size=1, unique=True).map(tuple),
     ram_kinds=st.lists(st.sampled_from(KINDS), min_size=1, unique=True).map(tuple),
+    guest=st.sampled_from(typing.get_args(GuestKind)),
+    accel=st.sampled_from(["tcg", "kvm"]),
 )
 
 
@@ -69,6 +74,7 @@ def test_what_is_drawn_goes_together_and_is_offered(
     machine, workload = trial.machine, trial.workload
     assert trial.seed == seed
     assert 1 <= len(trial.shots) <= max(SHOTS)
+    assert (machine.guest, machine.accel) == (choice.guest, choice.accel)
     assert machine.ram_kind in offer.ram_kinds
     assert machine.ram_kind in {*choice.ram_kinds, "memfd"}
     if machine.thp:
@@ -83,7 +89,7 @@ def test_what_is_drawn_goes_together_and_is_offered(
         assert offer.direct_io or not how.direct_io
         assert shot.channels == 1 or "mapped-ram" in how.capabilities
         assert shot.balloon_mib == 0 or machine.balloon
-        assert shot.balloon_mib + workload.wss_mib + RAM_RESERVE_MIB <= machine.ram_mib
+        assert shot.balloon_mib + workload.wss_mib + RAM_RESERVE_MIB["linux"] <= machine.ram_mib
     assert offer.disk_direct_io or machine.disk_cache == "writeback"
 
 
@@ -150,6 +156,16 @@ def test_no_parameter_of_a_guest_is_forgotten() -> None:
     )
 
 
+def test_for_the_microguest_everything_it_can_do_is_drawn() -> None:
+    trials = [draw(seed, Choice(guest="micro", accel="kvm")) for seed in range(400)]
+    for name, values in MICRO.items():
+        assert {getattr(trial.workload, name) for trial in trials} == set(values), name
+    kinds = {trial.workload.kind for trial in trials}
+    assert kinds == set(typing.get_args(WorkloadKind)) - {"allocate"}
+    assert {trial.machine.vcpus for trial in trials} == set(MACHINE["vcpus"])
+    assert any(shot.reset for trial in trials for shot in trial.shots)
+
+
 def test_what_a_host_lacks_is_replaced_by_what_it_has() -> None:
     bare = Offer(
         ram_kinds=frozenset({"anon", "memfd"}), thp=False, shmem_thp=False, direct_io=False
@@ -164,9 +180,10 @@ def test_what_a_host_lacks_is_replaced_by_what_it_has() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"methods": ("magic",)}, {"ram_kinds": ("silk",)}, {"methods": ()}]
+    "arguments",
+    [{"methods": ("magic",)}, {"ram_kinds": ("silk",)}, {"methods": ()}, {"guest": "bsd"}],
 )
-def test_names_that_there_are_not_are_refused(arguments: dict[str, tuple[str, ...]]) -> None:
+def test_names_that_there_are_not_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError) as caught:
         Choice(**arguments)
     assert caught.value.remedy

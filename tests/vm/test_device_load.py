@@ -254,7 +254,7 @@ async def test_a_screen_that_nobody_serves_is_an_error_in_one_line(tmp_path: Pat
 
 async def test_memory_is_that_of_the_pause_instant_under_kvm(tmp_path: Path) -> None:
     try:
-        require_kvm()
+        require_kvm("linux")
     except HostError as error:
         pytest.skip(str(error))
     async with lab.boot(

@@ -1,0 +1,112 @@
+"""Which accelerator runs a guest: KVM where it is seen to, and the reason where it is not.
+
+That a device node exists, or that one instruction runs, does not show that a guest does.  So a
+guest of the kind that is asked for is booted under KVM and watched until its writers work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+
+from lab.errors import HostError, LabError
+from lab.host import Check, kvm_problem
+from lab.scenario import GuestKind, Machine, Workload
+
+log = logging.getLogger(__name__)
+
+PROBE_TIMEOUT_S = 30.0
+"""A guest that takes longer under KVM than this is better run under TCG."""
+
+_PROBES = {
+    "linux": Machine(ram_mib=192, accel="kvm"),
+    "micro": Machine(ram_mib=32, accel="kvm", guest="micro"),
+}
+_PROBE_WORKLOAD = Workload("sequential", wss_mib=8)
+
+# What was found out in this process, by guest: a guest that ran will run again.
+_found: dict[GuestKind, str] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """A machine whose accelerator is "tcg" or "kvm", and why it is not the better one.
+
+    `fallback` is empty where nothing was to be chosen, and where KVM was.
+    """
+
+    machine: Machine
+    fallback: str = ""
+
+
+async def kvm_guest_problem(guest: GuestKind) -> str:
+    """Return why such a guest does not run under KVM here; empty when one was seen to.
+
+    Takes seconds the first time, because it boots one.
+
+    :raise HostError: when QEMU or the guest are not built.
+    """
+    if guest not in _found:
+        _found[guest] = kvm_problem(guest) or await _probed(guest)
+    return _found[guest]
+
+
+async def _probed(guest: GuestKind) -> str:
+    from lab.qemu.build import find_qemu
+    from lab.vm import boot
+
+    find_qemu("unpatched")
+    try:
+        # The unpatched one: whether KVM runs a guest has nothing to do with snapshots.
+        async with boot(
+            _PROBES[guest], _PROBE_WORKLOAD, binary="unpatched", timeout_s=PROBE_TIMEOUT_S
+        ) as vm:
+            page = await vm.progress_page()
+            return f"a guest under KVM found {page.page_errors} damaged pages" * bool(
+                page.page_errors
+            )
+    except HostError:
+        raise
+    except LabError as error:
+        return f"a guest was tried under KVM and did not boot: {error.cause}"
+
+
+async def kvm_checks() -> list[Check]:
+    """Return what `lab doctor` says about KVM, by guest: each is booted, for a moment."""
+    checks = []
+    guests: dict[GuestKind, str] = {"linux": "Linux guest", "micro": "microguest"}
+    for guest, called in guests.items():
+        name = f"kvm, {called}"
+        try:
+            problem = await kvm_guest_problem(guest)
+        except HostError as error:
+            checks.append(
+                Check(
+                    name=name,
+                    status="warn",
+                    detail=f"not tried: {error.cause}",
+                    remedy=error.remedy,
+                )
+            )
+            continue
+        if problem:
+            remedy = "it runs under TCG; for KVM use a host with hardware virtualisation"
+            checks.append(Check(name=name, status="warn", detail=problem, remedy=remedy))
+        else:
+            checks.append(Check(name=name, status="ok", detail="a guest booted and worked"))
+    return checks
+
+
+async def settled(machine: Machine) -> Settled:
+    """Return the machine with "auto" replaced, and say aloud when that is not KVM.
+
+    :raise HostError: when QEMU or the guest are not built.
+    """
+    if machine.accel != "auto":
+        return Settled(machine=machine)
+    problem = await kvm_guest_problem(machine.guest)
+    if not problem:
+        return Settled(machine=dataclasses.replace(machine, accel="kvm"))
+    log.warning("accel auto is tcg, not kvm: %s", problem)
+    return Settled(machine=dataclasses.replace(machine, accel="tcg"), fallback=problem)
