@@ -34,13 +34,18 @@ def typical_run(run_set: RunSet, case: str) -> Run:
 
 
 def plot_slowdown(
-    *progress: pd.DataFrame, bin_ms: float = 5, colour_boots: bool = False, ax: Axes | None = None
+    *progress: pd.DataFrame,
+    labels: Sequence[str] | None = None,
+    bin_ms: float = 5,
+    colour_boots: bool = False,
+    ax: Axes | None = None,
 ) -> Axes:
     """Guest speed around snapshots, as a share of the rate before each; a line a table.
 
     :param progress: what `df_progress()` of a `Snapshot` or of a recorded `Run` returns; which
         snapshot a table is of, and when, is in its `attrs`.
     :param bin_ms: width of the bins; under 2 ms they show the sampler, not the guest.
+    :param labels: what each table is called in the legend; its method by default.
     :param colour_boots: give each table a colour of its own, where all are of one method.
     :raise UsageError: a table does not say what it is of, or has too little before the request to
         know the rate by.
@@ -62,7 +67,7 @@ def plot_slowdown(
                 "sample for a second before it (before_s=1)",
             )
         same = list(methods.values()).count(method)
-        label = f"{method} ({same + 1})" if same else method
+        label = labels[len(methods)] if labels else f"{method} ({same + 1})" if same else method
         methods[label] = method
         rates[label] = tables.df_rate(
             table, request_ns=request, baseline_ops_per_s=baseline, bin_ms=bin_ms
@@ -90,7 +95,8 @@ def slowdown_figure(
     """Guest speed around the snapshot, the typical run of each method."""
     runs = [typical_run(run_set, case) for case in methods or run_set.cases]
     runs = [run for run in runs if _has_rate(run)]
-    ax = plot_slowdown(*(run.df_progress() for run in runs), bin_ms=bin_ms, ax=ax)
+    boots = [run.df_progress() for run in runs]
+    ax = plot_slowdown(*boots, labels=[run.case for run in runs], bin_ms=bin_ms, ax=ax)
     longest = max((float(run.summary.get("duration_ms") or 0) for run in runs), default=0.0)
     ax.set_xlim(-0.1 * longest - 20, 1.25 * longest + 100)
     return plots.stamp(ax, plots.stamp_text(run_set, [run.case for run in runs]))

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lab.scenario import METHODS, UNLIMITED_BY_ZERO, recorded_dimension
@@ -32,6 +33,10 @@ STYLE = Path(__file__).with_name("lab.mplstyle")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 # One more than colours, so that a method beyond the last colour differs by its marker.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+# A legend of more or longer names than this has no room inside the axes.
+_MANY_NAMES = 9
+_LONG_NAME = 44
 
 COST_COLUMNS = {
     "pause_ms": "pause, ms",
@@ -97,6 +102,29 @@ def _axes(ax: Axes | None) -> Axes:
         return ax
     with styled():
         return plt.subplots()[1]
+
+
+def _legend(ax: Axes, *, below: Axes | None = None, **where: Any) -> None:
+    """A legend where it is wanted, or, of many or long names, below the axes (or those named, the
+    leftmost of a row) in a figure that is made higher for it: inside it would hide the curves.
+    """
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) <= _MANY_NAMES and max(map(len, labels), default=0) <= _LONG_NAME:
+        ax.legend(**where)
+        return
+    # So far below that the axis keeps its numbers and its name.
+    (below or ax).legend(
+        handles,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=(0.0, 0.0),
+        borderaxespad=6.5,
+        fontsize=6,
+    )
+    figure = ax.get_figure()
+    if isinstance(figure, Figure):
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.6 + 0.125 * len(labels))
 
 
 def _plain(value: float, _position: int) -> str:
@@ -186,7 +214,7 @@ def plot_fault_latency(faults: pd.DataFrame, *, by: str = "method", ax: Axes | N
     ax.set_ylabel("share of faults")
     ax.set_title("Write-fault latency, one line a boot")
     if labelled and labelled != {"faults"}:
-        ax.legend(loc="lower right")
+        _legend(ax, loc="lower right")
     return ax
 
 
@@ -269,7 +297,7 @@ def plot_rates(
     ax.set_xlabel("since the request, ms")
     ax.set_ylabel("guest speed, % of before")
     ax.set_title("Guest speed around the snapshot (bars: VM paused)", pad=8 + 6 * len(rates))
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _legend(ax, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
 
 
@@ -329,7 +357,7 @@ def plot_phase_times(phases: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("ms")
     ax.set_title("How long each phase takes")
     if len(methods) > 1:
-        ax.legend()
+        _legend(ax)
     return ax
 
 
@@ -377,8 +405,9 @@ def plot_fault_stages(stages: pd.DataFrame, *, axes: Sequence[Axes] | None = Non
         ax.xaxis.set_major_formatter(FuncFormatter(_plain))
         ax.set_title(name)
         ax.set_xlabel("us")
-        if labelled:
-            ax.legend(loc="lower right", fontsize=7)
+    if methods:
+        # The same in every panel, so it is said once.
+        _legend(drawn[-1], below=drawn[0], loc="lower right", fontsize=7)
     drawn[0].set_ylabel("share of faults")
     drawn[0].set_ylim(0, 1.01)
     return drawn
@@ -568,7 +597,9 @@ def plot_cost(runs: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> list
     if axes is None:
         with styled():
             rows = max(3.2, 1 + 0.32 * data["case"].nunique())
-            axes = plt.subplots(1, len(COST_COLUMNS), figsize=(9, rows), sharey=True)[1]
+            longest = max(map(len, data["case"]), default=0)
+            width = 9 + 0.08 * max(0, longest - _LONG_NAME)
+            axes = plt.subplots(1, len(COST_COLUMNS), figsize=(width, rows), sharey=True)[1]
     drawn = list(axes)
     # The method gives colour and marker, the case a row.
     method_of = dict(zip(data["case"], data["method"], strict=True))

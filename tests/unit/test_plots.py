@@ -222,3 +222,28 @@ def test_boots_of_one_method_have_a_colour_each(make_synthetic_set: MakeSet) -> 
     labelled = {line.get_label(): line.get_color() for line in ax.get_lines()}
     colours = [labelled[name] for name in ("background", "background (2)", "background (3)")]
     assert len(set(colours)) == 3
+
+
+def test_a_legend_of_many_long_names_leaves_the_axes_their_room() -> None:
+    """Found in the report on a set of 16 cases: the legend hid the curves."""
+    names = [f"live, parameter_{k}=yes, another_parameter=no, and_one_more=no" for k in range(16)]
+    phases = pd.DataFrame(
+        {
+            "method": [name for name in names for _ in range(2)],
+            "run": [f"{k:03d}" for k in range(16) for _ in range(2)],
+            "phase": pd.Categorical(["stop", "sweep"] * 16),
+            "start_ms": [0.0, 1.0] * 16,
+            "duration_ms": [0.5, 100.0] * 16,
+        }
+    )
+    with plots.styled():
+        ax = plots.plot_phase_times(phases)
+    figure = ax.get_figure()
+    assert figure is not None
+    figure.canvas.draw()
+    legend = ax.get_legend()
+    assert legend is not None
+    axes_box, legend_box = ax.get_window_extent(), legend.get_window_extent()
+    assert legend_box.y1 < axes_box.y0
+    assert legend_box.y0 >= 0
+    assert axes_box.height > 200
