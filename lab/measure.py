@@ -28,6 +28,7 @@ from lab import run
 from lab.errors import HostError, LabError, RunError, UsageError
 from lab.sample import Sample, take_sample
 from lab.scenario import (
+    GuestKind,
     Instruments,
     Machine,
     Scenario,
@@ -97,7 +98,11 @@ class Plan:
                     else f"{name} is varied over no value",
                     "name each value once",
                 )
-        self.cases()
+        if any(case.scenario.machine.accel == "auto" for case in self.cases()):
+            raise UsageError(
+                "what is measured runs under the one accelerator or the other, not under auto",
+                "see lab.accelerator.settled, or name tcg or kvm",
+            )
 
     def cases(self) -> list[Case]:
         """Every case, methods outermost.  Raises UsageError when one can not be measured."""
@@ -124,6 +129,15 @@ class Plan:
     def variants(self) -> list[Variant]:
         """QEMU binaries that the plan needs."""
         return sorted({case.scenario.variant for case in self.cases()})
+
+    @property
+    def guests(self) -> list[GuestKind]:
+        """Guests that the plan boots."""
+        return sorted({case.scenario.machine.guest for case in self.cases()})
+
+
+# What a set calls the software of a guest.  There was no other than Linux at first.
+_GUEST_BINARY: Mapping[GuestKind, str] = {"linux": "guest", "micro": "microguest"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,12 +188,14 @@ class Ground:
 Sampler = Callable[..., Awaitable[Sample]]
 
 
-def survey(plan: Plan) -> Ground:
+def survey(plan: Plan, fallback: str = "") -> Ground:
     """Look at this host and at the builds that a plan needs.
 
+    :param fallback: why accelerator "auto" is not KVM, to be kept with what is known of the host.
     :raise HostError: when a build is missing.
     """
     from lab.guest.build import find_guest
+    from lab.guest.micro import find_microguest
     from lab.host import HostInfo
     from lab.qemu.build import find_qemu
 
@@ -188,9 +204,17 @@ def survey(plan: Plan) -> Ground:
         # Where a binary lies is this machine's business; what it is, is in its hash.
         found = msgspec.to_builtins(find_qemu(variant), enc_hook=str)
         binaries[str(variant)] = {k: v for k, v in found.items() if k not in ("path", "variant")}
-    guest = msgspec.to_builtins(find_guest(), enc_hook=str)
-    binaries["guest"] = {k: v for k, v in guest.items() if k not in ("kernel", "initramfs")}
-    return Ground(host=msgspec.to_builtins(HostInfo.collect()), binaries=binaries)
+    for kind in plan.guests:
+        found = msgspec.to_builtins(
+            find_microguest() if kind == "micro" else find_guest(), enc_hook=str
+        )
+        # Where its files lie is this machine's business, too.
+        files = ("kernel", "initramfs", "rom")
+        binaries[_GUEST_BINARY[kind]] = {k: v for k, v in found.items() if k not in files}
+    host = msgspec.to_builtins(HostInfo.collect())
+    if fallback:
+        host["accel_fallback"] = fallback
+    return Ground(host=host, binaries=binaries)
 
 
 def open_set(path: Path, plan: Plan, ground: Ground, note: str = "") -> run.RunSet:
@@ -313,16 +337,25 @@ async def measure_again(recorded: run.RunSet, folder: Path, *, repeats: int = 1)
 
 
 def plan_here(recorded: run.RunSet) -> Plan:
-    """The plan a set was recorded with, without the kinds of RAM that it varied and that this host
-    can not give.
+    """The plan a set was recorded with, without the kinds of RAM and the accelerators that it
+    varied and that this host can not give.
 
     Raises RunError when this version of the lab cannot read it.
     """
     plan = plan_of(recorded)
-    if "ram_kind" not in plan.vary:
-        return plan
-    kinds = tuple(kind for kind in plan.vary["ram_kind"] if _has_ram(plan.machine, kind))
-    return dataclasses.replace(plan, vary=plan.vary | {"ram_kind": kinds})
+    checks = {"ram_kind": _has_ram, "accel": _has_accelerator}
+    here = {
+        name: tuple(value for value in plan.vary[name] if has(plan.machine, value))
+        for name, has in checks.items()
+        if name in plan.vary
+    }
+    return dataclasses.replace(plan, vary=plan.vary | here)
+
+
+def _has_accelerator(machine: Machine, accel: Any) -> bool:
+    from lab.host import kvm_problem
+
+    return accel != "kvm" or not kvm_problem(machine.guest)
 
 
 def _has_ram(machine: Machine, kind: Any) -> bool:
@@ -362,7 +395,7 @@ async def _one(
     variant = str(scenario.variant)
     binaries = {
         "qemu": dict(ground.binaries.get(variant, {})) | {"variant": variant},
-        "guest": dict(ground.binaries.get("guest", {})),
+        "guest": dict(ground.binaries.get(_GUEST_BINARY[scenario.machine.guest], {})),
     }
     record = run.RunRecord(
         schema=run.RUN_SCHEMA,
@@ -400,6 +433,7 @@ def summarise(scenario: Scenario, sample: Sample) -> dict[str, Any]:
         "method": scenario.method,
         "engine": method(scenario.method).engine,
         "accel": scenario.machine.accel,
+        "guest": scenario.machine.guest,
         "outcome": sample.outcome,
         "ram_mib": scenario.machine.ram_mib,
         "wss_mib": scenario.workload.wss_mib,
@@ -453,7 +487,8 @@ def describe(plan: Plan) -> Sequence[str]:
             f"{len(planned)} runs: {plan.repeats} x {len(plan.cases())} "
             + ("cases" if plan.vary else "methods")
             + (f" after {plan.warmups} warm-up rounds" if plan.warmups else ""),
-            f"{machine.ram_mib} MiB RAM, {machine.vcpus} vCPU, {machine.accel}",
+            f"{machine.ram_mib} MiB RAM, {machine.vcpus} vCPU, {machine.accel}"
+            + (", microguest" if machine.guest == "micro" else ""),
             f"{workload.kind} {workload.wss_mib} MiB",
             *([f"{paced} operations/s"] if paced else []),
             *([f"image at {rate} MiB/s"] if rate else []),

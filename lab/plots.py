@@ -153,11 +153,13 @@ def stamp_text(run_set: RunSet, cases: Sequence[str] | None = None) -> str:
         texts = "/".join(str(value) if value else "unlimited" for value in found)
         return [f"{texts} {unit}"] if any(found) else []
 
+    guests = {recorded_dimension(r.record.scenario, "guest") for r in runs}
+    micro = " microguest" if guests == {"micro"} else ""
     builds = sorted({r.build for r in runs})
     host = run_set.record.host
     parts = [
         f"n={boots} boots a {'case' if run_set.varied else 'method'}",
-        f"{all_of('accel')}, {all_of('vcpus')} vCPU, {all_of('ram_mib')} MiB RAM",
+        f"{all_of('accel')}{micro}, {all_of('vcpus')} vCPU, {all_of('ram_mib')} MiB RAM",
         f"{all_of('workload')} {all_of('wss_mib')} MiB",
         *limit("rate_ops_per_s", "operations/s"),
         *(f"image at {text}" for text in limit("storage_mib_per_s", "MiB/s")),

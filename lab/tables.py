@@ -155,6 +155,7 @@ SUMMARY_FIELDS: dict[str, Column] = {
     "method": Column("", "how the snapshot was taken"),
     "engine": Column("", "snapshot engine inside QEMU; null for ordinary migration"),
     "accel": Column("", "accelerator that ran the guest"),
+    "guest": Column("", "what ran in it: linux, or micro, the microguest"),
     "outcome": Column(
         "",
         "ok, failed (the snapshot was not taken) or undecided (taken, but the figures or the "

@@ -94,12 +94,14 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 async def _measure(args: argparse.Namespace) -> int:
+    from lab.accelerator import settled
     from lab.cache import cache_dir
     from lab.measure import Plan, describe
 
+    chosen = await settled(from_arguments(Machine, args))
     plan = Plan(
         methods=tuple(dict.fromkeys(args.methods or METHODS)),
-        machine=from_arguments(Machine, args),
+        machine=chosen.machine,
         workload=from_arguments(Workload, args),
         storage=from_arguments(Storage, args),
         instruments=from_arguments(Instruments, args),
@@ -121,6 +123,7 @@ async def _measure(args: argparse.Namespace) -> int:
         note=args.note,
         keep_images=args.keep_images,
         as_json=args.json,
+        fallback=chosen.fallback,
     )
     if not args.json:
         print_table(done)
@@ -148,13 +151,17 @@ async def run_campaign(
     note: str = "",
     keep_images: bool = False,
     as_json: bool = False,
+    fallback: str = "",
 ) -> "RunSet":
-    """Measure `plan` into `out` with a progress line; print a line a run when `as_json`."""
+    """Measure `plan` into `out` with a progress line; print a line a run when `as_json`.
+
+    :param fallback: why accelerator "auto" is not KVM; the set keeps it.
+    """
     from lab.cache import cache_dir
     from lab.measure import estimate_text, measure, survey
     from lab.workdir import private_folder
 
-    ground = survey(plan)
+    ground = survey(plan, fallback)
     if image_dir is not None and not image_dir.is_dir():
         raise HostError(f"there is no folder {image_dir}", "create it or name another --image-dir")
     with ExitStack() as stack:

@@ -73,6 +73,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 async def _reproduce(args: argparse.Namespace) -> int:
     from lab.cli.measure import print_table
     from lab.guest.build import ensure_guest
+    from lab.guest.micro import ensure_microguest
     from lab.measure import Plan
     from lab.qemu.build import ensure_qemu
 
@@ -88,6 +89,7 @@ async def _reproduce(args: argparse.Namespace) -> int:
     with ProgressLine() as line:
         await ensure_qemu(line)
         await ensure_guest(line)
+        await ensure_microguest(line)
     note = f"lab reproduce --profile {args.profile}"
     done = await _measured(plan, out, note)
     print_table(done)

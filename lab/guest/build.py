@@ -44,7 +44,9 @@ Progress = Callable[[str], None]
 KERNEL_METAPACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual")
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("workload.c", "devices.c")]
-_HEADERS = [Path(__file__).with_name("workload.h")]
+_HEADERS = [
+    Path(__file__).with_name(name) for name in ("workload.h", "layout.h", "mix.h", "writers.h")
+]
 _CFLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-static", "-pthread", "-s")
 #: musl gives a program a tenth of the size, and no code that wants a newer CPU than QEMU's.
 _COMPILERS = ("musl-gcc", "gcc", "cc")

@@ -5,11 +5,7 @@ the Linux guest, in README.md.  What is in the cache: ``guest/microguest-<key>.r
 is a hash of everything the bytes depend on.
 """
 
-import asyncio
-import hashlib
-import os
 import secrets
-import shutil
 import struct
 import tempfile
 from collections.abc import Callable
@@ -18,9 +14,10 @@ from pathlib import Path
 
 from lab.cache import cache_dir
 from lab.errors import BuildError, GuestError, HostError
-from lab.files import sha256_of
+from lab.files import content_key, sha256_of
 from lab.guest.protocol import KINDS, ProgressPage, ReadyRecord
 from lab.scenario import Machine, Workload
+from lab.tools import run_tool
 
 __all__ = ["Microguest", "ensure_microguest", "find_microguest", "rom_for"]
 
@@ -38,8 +35,6 @@ _CFLAGS = (
     *("-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fcf-protection=none"),
 )
 _LDFLAGS = ("-n", "-static", "--build-id=none", "--no-warn-rwx-segments")
-_TOOLS = ("gcc", "ld", "objcopy")
-_REMEDY = "install gcc and binutils"
 
 ROM_BYTES = 64 << 10
 ROM_ADDRESS = 0xF0000
@@ -108,54 +103,31 @@ def _microguest(path: Path) -> Microguest:
 
 
 def _rom_path() -> Path:
-    key = hashlib.sha256()
-    parts = [" ".join((*_CFLAGS, *_LDFLAGS)).encode()]
-    parts += [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
-    for part in parts:
-        key.update(len(part).to_bytes(8, "little") + part)
+    flags = " ".join((*_CFLAGS, *_LDFLAGS)).encode()
+    key = content_key(flags, *(path.read_bytes() for path in (*_SOURCES, *_HEADERS)))
     folder = cache_dir() / "guest"
     folder.mkdir(exist_ok=True)
-    return folder / f"microguest-{key.hexdigest()[:16]}.rom"
+    return folder / f"microguest-{key}.rom"
 
 
 async def _build(target: Path) -> None:
-    missing = [name for name in _TOOLS if shutil.which(name) is None]
-    if missing:
-        raise HostError(f"no {missing[0]} to build the microguest with", _REMEDY)
+    boot, main, layout = _SOURCES
+    log = target.with_name("microguest.log")
     with tempfile.TemporaryDirectory(prefix=".microguest-", dir=target.parent) as temporary:
         work = Path(temporary)
-        boot, main, layout = map(str, _SOURCES)
-        await _run(work, "gcc", *_CFLAGS, "-c", "-o", "boot.o", boot)
-        await _run(work, "gcc", *_CFLAGS, "-c", "-o", "main.o", main)
-        # The script holds addresses that the C code has too, so it goes through the preprocessor.
-        await _run(work, "gcc", "-E", "-P", "-x", "assembler-with-cpp", "-o", "layout.ld", layout)
-        await _run(work, "ld", *_LDFLAGS, "-T", "layout.ld", "-o", "elf", "boot.o", "main.o")
-        await _run(work, "objcopy", "-O", "binary", "--gap-fill", "0", "elf", "rom")
+        for command in (
+            ("gcc", *_CFLAGS, "-c", "-o", "boot.o", boot),
+            ("gcc", *_CFLAGS, "-c", "-o", "main.o", main),
+            # The script has addresses of the C code's, so it goes through the preprocessor.
+            ("gcc", "-E", "-P", "-x", "assembler-with-cpp", "-o", "layout.ld", layout),
+            ("ld", *_LDFLAGS, "-T", "layout.ld", "-o", "elf", "boot.o", "main.o"),
+            ("objcopy", "-O", "binary", "--gap-fill", "0", "elf", "rom"),
+        ):
+            await run_tool(command, log=log, cwd=work)
         size = (work / "rom").stat().st_size
         if size != ROM_BYTES:
             raise BuildError(f"the microguest's ROM has {size} bytes instead of {ROM_BYTES}")
         (work / "rom").replace(target)
-
-
-async def _run(folder: Path, *command: str) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        cwd=folder,
-        env={**os.environ, "LC_ALL": "C"},
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    try:
-        output, _ = await process.communicate()
-    except asyncio.CancelledError:
-        process.kill()
-        await process.wait()
-        raise
-    if process.returncode != 0:
-        lines = output.decode(errors="replace").splitlines() or ["no output"]
-        errors = [line for line in lines if " error: " in line]
-        raise BuildError(f"{command[0]} failed: {(errors or lines)[-1].strip()}", _REMEDY)
 
 
 def parameters(machine: Machine, workload: Workload, entropy: int) -> bytes:

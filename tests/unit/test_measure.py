@@ -387,7 +387,7 @@ async def test_images_are_in_the_cache_and_go_unless_they_are_to_be_kept(
         return run.create_set(out, plan={}, host={}, binaries={}, lab={})
 
     monkeypatch.setattr("lab.measure.measure", fake_measure)
-    monkeypatch.setattr("lab.measure.survey", lambda plan: GROUND)
+    monkeypatch.setattr("lab.measure.survey", lambda plan, fallback: GROUND)
     await run_campaign(PLAN, tmp_path / "set", keep_images=keep_images)
     (folder,) = used
     assert folder.parent == tmp_path / "cache"
