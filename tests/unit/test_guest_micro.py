@@ -57,7 +57,7 @@ async def test_a_second_build_finds_the_first_and_another_gives_the_same_bytes(
 async def test_what_does_not_compile_leaves_no_rom_and_names_the_log(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(micro, "_CFLAGS", (*micro._CFLAGS, "-DPROGRESS_LAYOUT=x"))
+    monkeypatch.setattr(micro, "_CFLAGS", (*micro._CFLAGS, "-fno-such-flag"))
     with pytest.raises(BuildError, match="gcc failed") as caught:
         await micro.ensure_microguest()
     assert "log" in caught.value.remedy
