@@ -1,5 +1,7 @@
 """Fixtures of tests that run guests."""
 
+import asyncio
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -7,9 +9,48 @@ from pathlib import Path
 import pytest
 
 import lab
+from lab.accelerator import Settled, kvm_guest_problem
 from lab.host import huge_pages
-from lab.scenario import HUGE_PAGE_MIB
+from lab.scenario import HUGE_PAGE_MIB, Accel, GuestKind, Machine
 from lab.vm import VM
+
+PLATFORMS: dict[str, tuple[GuestKind, Accel]] = {
+    "tcg": ("linux", "tcg"),
+    "kvm": ("linux", "kvm"),
+    "micro-tcg": ("micro", "tcg"),
+    "micro-kvm": ("micro", "kvm"),
+}
+"""What a test's guests are, by the name that is part of the test's."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test of guests on each platform that its marker names, by default on Linux under
+    either accelerator.
+    """
+    marker = metafunc.definition.get_closest_marker("platforms")
+    names = marker.args if marker else ("tcg", "kvm")
+    metafunc.parametrize("platform", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def platform(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The platform on which the guests of a test are booted and restored.
+
+    Whatever machine is asked for, it is one of that platform, unless it has devices that no
+    microguest drives: such a test is Linux's.
+    """
+    name: str = request.param
+    guest, accel = PLATFORMS[name]
+    if accel == "kvm" and (problem := asyncio.run(kvm_guest_problem(guest))):
+        pytest.skip(f"{name}: {problem}")
+
+    async def settled(machine: Machine) -> Settled:
+        return Settled(machine=dataclasses.replace(machine, guest=guest, accel=accel))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lab.vm.settled", settled)
+        yield name
+
 
 _NR_HUGEPAGES = Path(f"/sys/kernel/mm/hugepages/hugepages-{HUGE_PAGE_MIB * 1024}kB/nr_hugepages")
 

@@ -11,7 +11,7 @@ import lab
 from lab.vm import VM
 from tests.vm.bench import begin, ended, is_left_alone, until_status
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg", "kvm", "micro-kvm")]
 
 #: In the order of the RFC; `hold` and `populate` may be missing.
 RFC_ORDER = (

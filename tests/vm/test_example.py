@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 
 import lab
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg")]
 
 
 @pytest.fixture(autouse=True)

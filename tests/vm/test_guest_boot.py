@@ -27,7 +27,7 @@ from lab.guest.protocol import (
 )
 from lab.qemu.build import find_qemu
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300), pytest.mark.platforms("tcg")]
 
 RAM_MIB = 256
 

@@ -11,7 +11,7 @@ from lab.sample import take_sample
 from lab.scenario import Instruments, Scenario, to_json
 from lab.tables import COLUMNS
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg", "kvm", "micro-kvm")]
 
 MACHINE = lab.Machine(ram_mib=256, vcpus=2)
 WORKLOAD = lab.Workload("random", wss_mib=64, threads=2)
@@ -85,7 +85,7 @@ async def test_without_instruments_a_snapshot_is_taken_all_the_same(
 
 @pytest.mark.parametrize("method", ["live", "live-rfc", "live-inline"])
 async def test_the_fault_log_has_exactly_the_faults_that_were_made(
-    method: str, tmp_path: Path
+    method: str, tmp_path: Path, platform: str
 ) -> None:
     # A prime: it is no multiple of anything that could be counted instead.
     scenario = Scenario(
@@ -97,7 +97,8 @@ async def test_the_fault_log_has_exactly_the_faults_that_were_made(
     )
     sample = await take_sample(scenario, tmp_path / "image")
     assert sample.figures["known_faults_logged"] == 31
-    assert sample.figures["faults"] > 31
+    # What else writes meanwhile is the guest itself, which a microguest need not.
+    assert sample.figures["faults"] >= 31 + (not platform.startswith("micro"))
     assert not any("known faults" in warning for warning in sample.warnings)
 
 

@@ -52,7 +52,11 @@ from tests.vm.gate import Gates
 from tests.vm.gate import gates as gates_of_guests
 from tests.vm.outgoing import outgoing
 
-pytestmark = [pytest.mark.vm, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.platforms("tcg", "kvm", "micro-kvm"),
+]
 
 STREAMS = ("live-inline", "live-rfc", "live")
 METHODS_HERE = (*STREAMS, "live-mapped")
@@ -66,7 +70,7 @@ def gates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gates]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stand(gates: Gates) -> AsyncIterator[Stand]:
+async def stand(gates: Gates, platform: str) -> AsyncIterator[Stand]:
     # Small pages take long enough to protect that `copy` does it ahead of the pause.
     machine, workload = small(thp=False)
     # A second block of RAM, so that a snapshot can fail between two.
@@ -280,7 +284,7 @@ async def test_disk_full_at_any_byte(vm: VM, method: str, tmp_path: Path) -> Non
 async def test_disk_full_leaves_no_file(vm: VM, monkeypatch: pytest.MonkeyPatch) -> None:
     # As if others had filled it up since the lab looked.
     monkeypatch.setattr("lab.snapshot._check_disk", lambda *args: None)
-    async with full_after(32 << 20) as folder:
+    async with full_after(4 << 20) as folder:
         with pytest.raises(SnapshotError, match=NO_SPACE):
             await vm.snapshot(folder / "a.snap", "live", progress=False)
         assert list(folder.iterdir()) == []

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-pytestmark = [pytest.mark.vm, pytest.mark.notebook]
+pytestmark = [pytest.mark.vm, pytest.mark.notebook, pytest.mark.platforms("tcg")]
 
 # The sleep is far longer than any bound here: what ends the cell is the interrupt.
 CELL = """

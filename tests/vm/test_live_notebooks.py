@@ -8,7 +8,7 @@ import pytest
 
 from lab import measure, notebooks, run
 
-pytestmark = [pytest.mark.vm, pytest.mark.notebook]
+pytestmark = [pytest.mark.vm, pytest.mark.notebook, pytest.mark.platforms("tcg")]
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = notebooks.notebook_paths(ROOT / "notebooks")

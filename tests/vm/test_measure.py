@@ -15,7 +15,7 @@ from lab.measure import Plan, measure, survey
 from lab.scenario import METHODS, Machine, Workload
 from lab.tables import COLUMNS, METRICS, SUMMARY_FIELDS
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg")]
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--ram-mib", "256", "--wss-mib", "48"]

@@ -16,7 +16,7 @@ from lab.sample import filesystem_of
 from lab.scenario import HUGE_PAGE_MIB, RamKind
 from lab.vm import VM
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg", "kvm", "micro-kvm")]
 
 Reserve = Callable[[int], str]
 

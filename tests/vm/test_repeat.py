@@ -17,7 +17,11 @@ from lab.vm import VM
 from tests.vm.bench import begin, configure, ended, info, is_left_alone, phases, small, start
 from tests.vm.failing_disk import full_after
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.timeout(3600),
+    pytest.mark.platforms("tcg", "kvm", "micro-kvm"),
+]
 
 SEED = 20261125
 LIVE = [name for name, how in METHODS.items() if how.runs_on("patched") and how.engine]

@@ -24,7 +24,7 @@ from lab.guest.protocol import (
 from lab.process import wrapped
 from lab.qemu.build import find_qemu
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(600), pytest.mark.platforms("tcg")]
 
 PROMPT = b"(qemu) "
 NONCE_WORD = 2

@@ -15,7 +15,7 @@ from lab.scenario import METHODS, Variant
 from lab.sidecar import read_sidecar, sidecar_path
 from lab.vm import VM
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg", "kvm", "micro-kvm")]
 
 ORDINARY = ("migrate-to-file", "stop-and-copy")
 LIVE = ("live", "live-rfc", "live-inline")
@@ -178,8 +178,10 @@ async def test_live_methods_account_for_the_pause_and_every_fault(
         assert len(faults) == taken.counters["faults"] > 0
         assert taken.fault_log is not None
         assert taken.fault_log.dropped == 0
-        # A page faults once: no other thread writes to the same RAM of this machine.
-        assert not faults.duplicated(["block", "offset"]).any()
+        # A page faults once: no other thread writes to the same RAM of this machine.  One that is
+        # written to before the VM is paused is given free again, and may be written to once more.
+        while_paused = faults[faults["resolver"] != "not-paused"]
+        assert not while_paused.duplicated(["block", "offset"]).any()
         assert set(faults["vcpu"].dropna()) == {0}
         assert (faults["latency_ns"].dropna() > 0).all()
         assert taken.summary()["faults"] == len(faults)

@@ -18,7 +18,7 @@ from lab.scenario import METHODS
 from lab.tally import read_record
 from lab.vm import BOOT_TIMEOUT_S
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg")]
 
 ITERATIONS = 20
 #: Any would do; of a fixed one everybody sees the same.

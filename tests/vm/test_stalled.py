@@ -32,7 +32,11 @@ from tests.vm.bench import (
 from tests.vm.failing_disk import Mount, stalling
 from tests.vm.outgoing import outgoing
 
-pytestmark = [pytest.mark.vm, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.platforms("tcg", "kvm", "micro-kvm"),
+]
 
 METHODS_HERE = ("live-inline", "live-rfc", "live", "live-mapped")
 DISK_MIB = 512
@@ -51,7 +55,7 @@ def machine(vcpus: int) -> tuple[lab.Machine, lab.Workload]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stand() -> AsyncIterator[Stand]:
+async def stand(platform: str) -> AsyncIterator[Stand]:
     stand = Stand(*machine(vcpus=1))
     yield stand
     await stand.close()

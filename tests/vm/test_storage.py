@@ -24,7 +24,11 @@ from lab.vm import VM
 from tests.vm.bench import Stand, is_left_alone, until, works_on
 from tests.vm.failing_disk import full_after
 
-pytestmark = [pytest.mark.vm, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.platforms("tcg", "kvm", "micro-kvm"),
+]
 
 MIB = 1 << 20
 RATE = 100
@@ -49,7 +53,7 @@ def writers() -> list[int]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stand() -> AsyncIterator[Stand]:
+async def stand(platform: str) -> AsyncIterator[Stand]:
     stand = Stand(MACHINE, WORKLOAD)
     yield stand
     await stand.close()

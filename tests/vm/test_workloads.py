@@ -1,6 +1,7 @@
 """Every kind of workload: it works, a live snapshot is exact, and the restored guest works on."""
 
 import asyncio
+import time
 import typing
 from pathlib import Path
 
@@ -12,7 +13,11 @@ from lab.oracle import verify_method
 from lab.scenario import WorkloadKind
 from lab.vm import VM
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.timeout(300),
+    pytest.mark.platforms("tcg", "kvm", "micro-kvm"),
+]
 
 MIN_OPS = 1000
 
@@ -35,24 +40,9 @@ async def works_on(vm: VM) -> None:
 
 async def verifies(vm: VM) -> None:
     """Assert that the guest finds every word of its working set as it should be."""
-    since = len(vm.console.records)
-    await vm.console.type("verify")
-    verify = await vm.console.wait_record(
-        lambda record: record.kind in ("verify", "error"), since=since, timeout_s=120
-    )
-    assert verify.kind == "verify", verify
-    assert int(verify.fields["pages"]) == vm.ready.wss_pages
-    assert (verify.fields["bad"], verify.fields["errors"]) == ("0", "0")
-
-
-async def ticks(vm: VM) -> tuple[float, int]:
-    """Ask the guest what its clock says, in s, and how many operations it has done."""
-    since = len(vm.console.records)
-    await vm.console.type("tick")
-    tick = await vm.console.wait_record(
-        lambda record: record.kind == "tick", since=since, timeout_s=120
-    )
-    return int(tick.fields["ns"]) / 1e9, int(tick.fields["ops"])
+    assert await vm.verify_working_set() == 0
+    page = await vm.progress_page()
+    assert page.page_errors == 0
 
 
 async def test_a_paced_guest_does_no_more_than_its_rate_and_a_snapshot_of_it_is_exact(
@@ -62,12 +52,13 @@ async def test_a_paced_guest_does_no_more_than_its_rate_and_a_snapshot_of_it_is_
     machine = lab.Machine(ram_mib=192, vcpus=2)
     workload = lab.Workload(wss_mib=8, threads=2, rate_ops_per_s=rate)
     async with lab.boot(machine, workload) as vm:
-        at_first_s, done_at_first = await ticks(vm)
+        since_s = time.monotonic()
+        done_at_first = (await vm.progress_page()).total_ops
         await works_on(vm)
-        at_last_s, done_at_last = await ticks(vm)
-        done = done_at_last - done_at_first
+        done = (await vm.progress_page()).total_ops - done_at_first
+        passed_s = time.monotonic() - since_s
         # Each writer may have been late at first, and makes up for it; each works in turns of 1 ms.
-        assert MIN_OPS <= done <= rate * (at_last_s - at_first_s + late_s + 2 * 0.001)
+        assert MIN_OPS <= done <= rate * (passed_s + late_s + 2 * 0.001)
         found = await verify_method(vm, "live", tmp_path)
         assert found.equal, found.detail
         assert found.replay is not None
@@ -76,8 +67,10 @@ async def test_a_paced_guest_does_no_more_than_its_rate_and_a_snapshot_of_it_is_
 
 @pytest.mark.parametrize("kind", typing.get_args(WorkloadKind))
 async def test_a_live_snapshot_of_every_kind_is_exact_and_works_on(
-    kind: WorkloadKind, tmp_path: Path
+    kind: WorkloadKind, tmp_path: Path, platform: str
 ) -> None:
+    if kind == "allocate" and platform.startswith("micro"):
+        pytest.skip("a microguest has no kernel from which it could allocate memory")
     image = tmp_path / "a.snap"
     machine = lab.Machine(ram_mib=192, vcpus=2)
     workload = lab.Workload(kind, wss_mib=32, threads=2, time_writes=kind == "allocate")

@@ -9,7 +9,7 @@ import lab
 from lab.errors import UsageError
 from lab.instruments.writelatency import STALL_NS
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg", "kvm", "micro-kvm")]
 
 MACHINE = lab.Machine(ram_mib=256, vcpus=2)
 WORKLOAD = lab.Workload("random", wss_mib=64, threads=2, time_writes=True)
