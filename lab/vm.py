@@ -48,6 +48,8 @@ from lab.sidecar import Sidecar, read_sidecar
 from lab.workdir import private_folder
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lab.instruments.progress import ProgressSampler
     from lab.instruments.threads import ThreadTimes
     from lab.instruments.writelatency import WriteLatency
@@ -363,6 +365,17 @@ class VM:
         page = LatencyPage.decode(self.read_host(address, PAGE_BYTES), progress.threads)
         buckets = [[await self.host_address(gpa) for gpa in of_thread] for of_thread in page.gpas]
         return WriteLatency(self.pid, address, buckets)
+
+    async def slow_writes(self) -> "pd.DataFrame":
+        """Return those of the guest's operations that were slow, each with its page.
+
+        `lab.instruments.slowwrites.read_slow_writes` says what there is of each.
+
+        :raise UsageError: when the guest was not asked to time them, or is none that notes them.
+        """
+        from lab.instruments.slowwrites import read_slow_writes  # pandas is slow to import
+
+        return await read_slow_writes(self)
 
     # Snapshots
 

@@ -57,9 +57,24 @@ enum {
     LATENCY_START_NS = 3,
     LATENCY_TICKS = 4,
     LATENCY_NS = 5,
+    /* Of the microguest: where the working set begins, and how many ticks are slow. */
+    LATENCY_SET_GPA = 6,
+    LATENCY_SLOW_TICKS = 7,
     LATENCY_GPAS = 16,
     LATENCY_GPAS_STRIDE = 8, /* for each thread */
     LATENCY_PAGES = LATENCY_BUCKETS / PAGE_WORDS,
+    LATENCY_SLOW_GPA = LATENCY_PAGES, /* of a thread, after those of its buckets */
+};
+
+/* Operations that were slow, of a thread: a ring of entries, of which the first is how many there
+ * ever were, and the others are what follows. */
+enum {
+    SLOW_ENTRIES = 4096,
+    SLOW_START_TICKS = 0,
+    SLOW_TICKS = 1,
+    SLOW_PAGE = 2,
+    SLOW_OP = 3,
+    SLOW_WORDS = 4,
 };
 
 static const uint64_t PROGRESS_PAGE_MAGIC = UINT64_C(0x31474f525042414c); /* "LABPROG1" */

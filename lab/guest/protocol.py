@@ -63,6 +63,9 @@ LATENCY_PAGES = LATENCY_BUCKETS // PAGE_WORDS
 #: Word of the address of thread i's page k: LATENCY_GPAS + LATENCY_GPAS_STRIDE * i + k.
 LATENCY_GPAS = 16
 LATENCY_GPAS_STRIDE = 8
+#: A ring of what was slow, of which the first entry is how many there ever were.
+SLOW_ENTRIES = 4096
+SLOW_WORDS = 4
 
 PAGE_MAGIC = 0x4547415042414C56  # "VLABPAGE"
 WORD_MAGIC = 0
@@ -360,10 +363,16 @@ class LatencyPage:
     :param ticks_per_ns: speed of the guest's time stamp counter, by the guest's clock; None until
         it has ticked once.
     :param gpas: for each thread, the guest physical addresses of its pages of counts, in order.
+    :param slow_gpas: for each thread that of its slow operations; 0 from a guest that notes none.
+    :param set_gpa: that of the working set's first page; 0 from a guest whose pages are anywhere.
+    :param start_ticks: what the counter was when the guest's clock was zero.
     """
 
     ticks_per_ns: float | None
     gpas: tuple[tuple[int, ...], ...]
+    slow_gpas: tuple[int, ...]
+    set_gpa: int
+    start_ticks: int
 
     @classmethod
     def decode(cls, page: bytes | memoryview, threads: int) -> Self:
@@ -383,6 +392,9 @@ class LatencyPage:
         return cls(
             ticks_per_ns=elapsed_ticks / elapsed_ns if elapsed_ns > 0 else None,
             gpas=tuple(tuple(word[at : at + LATENCY_PAGES]) for at in first),
+            slow_gpas=tuple(word[at + LATENCY_PAGES] for at in first),
+            set_gpa=word[6],
+            start_ticks=word[2],
         )
 
 

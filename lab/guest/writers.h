@@ -154,6 +154,8 @@ struct writer {
     volatile uint64_t *table;   /* version of each page of the share, kept apart from the page */
     volatile uint64_t *ops;     /* this thread's counter in the progress page */
     volatile uint64_t *latency; /* this thread's LATENCY_BUCKETS counts, or NULL */
+    volatile uint64_t *slow;    /* its SLOW_ENTRIES slow operations, or NULL */
+    uint64_t slow_ticks;        /* what is slow */
     uint64_t magic;             /* PAGE_MAGIC ^ nonce */
     uint64_t first;             /* index of the first page */
     uint64_t count;             /* pages in the share */
@@ -172,6 +174,7 @@ static inline void writer_init(struct writer *w, enum kind kind, uint64_t seed, 
     w->first = first_page(wss_pages, threads, thread);
     w->count = first_page(wss_pages, threads, thread + 1) - w->first;
     w->stream = stream_start(seed, thread);
+    w->slow_ticks = UINT64_MAX;
 }
 
 static __attribute__((cold)) void page_is_bad(struct writer *w, uint64_t page);
@@ -213,11 +216,25 @@ static inline __attribute__((always_inline)) void one_operation(struct writer *w
     *w->ops = version;
 }
 
+/* Note an operation that took long, once it is over and timed. */
+static __attribute__((cold)) void note_slow(const struct writer *w, uint64_t page, uint64_t start,
+                                            uint64_t ticks)
+{
+    uint64_t entry = 1 + w->slow[0] % (SLOW_ENTRIES - 1);
+    volatile uint64_t *words = w->slow + SLOW_WORDS * entry;
+
+    words[SLOW_START_TICKS] = start;
+    words[SLOW_TICKS] = ticks;
+    words[SLOW_PAGE] = w->first + page;
+    words[SLOW_OP] = w->done;
+    w->slow[0]++;
+}
+
 /* One operation, and how long it took if that is wanted. */
 static inline __attribute__((always_inline)) void operate(struct writer *w, uint64_t page,
                                                           enum action action)
 {
-    uint64_t start;
+    uint64_t start, ticks;
 
     if (!w->latency) {
         one_operation(w, page, action);
@@ -225,7 +242,11 @@ static inline __attribute__((always_inline)) void operate(struct writer *w, uint
     }
     start = __builtin_ia32_rdtsc();
     one_operation(w, page, action);
-    w->latency[latency_bucket(__builtin_ia32_rdtsc() - start)]++;
+    ticks = __builtin_ia32_rdtsc() - start;
+    w->latency[latency_bucket(ticks)]++;
+    if (__builtin_expect(ticks >= w->slow_ticks, 0)) {
+        note_slow(w, page, start, ticks);
+    }
 }
 
 /* `n` operations without a system call, a division or a shared lock. */

@@ -16,7 +16,7 @@ from lab.vm import VM
 pytestmark = [
     pytest.mark.vm,
     pytest.mark.timeout(300),
-    pytest.mark.platforms("tcg", "kvm", "micro-kvm"),
+    pytest.mark.platforms("tcg", "kvm", "micro-tcg", "micro-kvm"),
 ]
 
 MIN_OPS = 1000

@@ -34,6 +34,9 @@ enum {
 /* Why a guest does not run; micro.py has the words. */
 enum refusal { REFUSED_PARAMETERS = 1, REFUSED_MEMORY = 2, REFUSED_CLOCK = 3, REFUSED_VCPU = 4 };
 
+/* What an operation takes that a processor does undisturbed is a hundredth of this. */
+enum { SLOW_NS = 4000 };
+
 static const uint64_t PARAMETERS_MAGIC = UINT64_C(0x3152434d4c42414c); /* "LABLMCR1" */
 
 #define PARAMETERS ((const volatile struct parameters *)PARAMETERS_ADDRESS)
@@ -52,6 +55,7 @@ static struct parameters p;
 static struct writer writers[MAX_THREADS];
 static struct clock timer;
 static uint64_t next_free = FREE_ADDRESS;
+static uint64_t set_address; /* of the working set's first page */
 
 /* How paced writers work: so many operations, and as long from the start of these until the start
  * of the next.  Not paced while `pace_ops` is zero. */
@@ -162,6 +166,9 @@ static uint64_t *map_working_set(uint64_t bytes)
     for (uint64_t piece = 0; piece < pieces; piece++) {
         uint64_t address = take(HUGE_BYTES, HUGE_BYTES);
 
+        if (piece == 0) {
+            set_address = address;
+        }
         if (huge) {
             directories[piece] = address | LARGE_PAGE;
             continue;
@@ -311,16 +318,23 @@ static void set_pace(uint64_t rate, uint64_t threads)
     pace_ops = ops;
 }
 
+/* Room for the durations of operations, which is taken before the working set is. */
 static void set_up_latency(void)
 {
     memset((void *)LATENCY, 0, PAGE_BYTES);
     LATENCY[LATENCY_COUNT] = LATENCY_BUCKETS;
+    LATENCY[LATENCY_SLOW_TICKS] = timer.hz / (1000000000 / SLOW_NS);
     for (uint64_t i = 0; i < p.threads; i++) {
-        writers[i].latency = take_low(LATENCY_BUCKETS * sizeof(uint64_t));
+        volatile uint64_t *gpas = &LATENCY[LATENCY_GPAS + LATENCY_GPAS_STRIDE * i];
+        struct writer *w = &writers[i];
+
+        w->latency = take_low(LATENCY_BUCKETS * sizeof(uint64_t));
+        w->slow = take_low(SLOW_ENTRIES * SLOW_WORDS * sizeof(uint64_t));
+        w->slow_ticks = LATENCY[LATENCY_SLOW_TICKS];
         for (uint64_t page = 0; page < LATENCY_PAGES; page++) {
-            LATENCY[LATENCY_GPAS + LATENCY_GPAS_STRIDE * i + page] =
-                (uint64_t)(writers[i].latency + page * PAGE_WORDS);
+            gpas[page] = (uint64_t)(w->latency + page * PAGE_WORDS);
         }
+        gpas[LATENCY_SLOW_GPA] = (uint64_t)w->slow;
     }
     LATENCY[LATENCY_START_TICKS] = timer.start;
     LATENCY[LATENCY_MAGIC] = LATENCY_PAGE_MAGIC;
@@ -376,20 +390,27 @@ static void set_up_writers(uint64_t nonce)
 {
     uint64_t wss_pages = p.wss_mib << 8;
     uint64_t *table = take_low(wss_pages * sizeof(*table));
-    uint64_t *set = map_working_set(wss_pages * PAGE_BYTES);
+    uint64_t *set;
 
-    for (uint64_t index = 0; index < wss_pages; index++) {
-        populate(set + index * PAGE_WORDS, p.kind, PAGE_MAGIC ^ nonce, index);
-    }
     PROGRESS[PROGRESS_TABLE_GPA] = (uint64_t)table;
     for (uint64_t i = 0; i < p.threads; i++) {
         struct writer *w = &writers[i];
 
         writer_init(w, p.kind, p.seed, i, p.threads, wss_pages);
-        w->pages = set + w->first * PAGE_WORDS;
         w->table = table + w->first;
         w->ops = &PROGRESS[PROGRESS_OPS + PROGRESS_OPS_STRIDE * i];
         w->magic = PAGE_MAGIC ^ nonce;
+    }
+    if (p.flags & FLAG_TIME_WRITES) {
+        set_up_latency();
+    }
+    set = map_working_set(wss_pages * PAGE_BYTES);
+    LATENCY[LATENCY_SET_GPA] = set_address;
+    for (uint64_t index = 0; index < wss_pages; index++) {
+        populate(set + index * PAGE_WORDS, p.kind, PAGE_MAGIC ^ nonce, index);
+    }
+    for (uint64_t i = 0; i < p.threads; i++) {
+        writers[i].pages = set + writers[i].first * PAGE_WORDS;
     }
 }
 
@@ -429,9 +450,6 @@ static _Noreturn void start(void)
         refuse(REFUSED_CLOCK);
     }
     set_up_writers(PROGRESS[PROGRESS_NONCE]);
-    if (p.flags & FLAG_TIME_WRITES) {
-        set_up_latency();
-    }
     start_others();
     if (p.flags & FLAG_WARM_UP && p.kind != KIND_IDLE) {
         warm_up(p.wss_mib << 8);

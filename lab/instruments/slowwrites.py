@@ -1,0 +1,88 @@
+"""Which of the guest's operations were slow: each on its own, with its page.
+
+A microguest that times its operations (`Workload.time_writes`) counts their durations like a Linux
+guest, and notes those that took long in a ring in its memory, of which the host sees the last 4095
+a writer.  So the wait of a write for its page can be laid beside the fault in QEMU's log: what the
+guest waited longer than the handler took is the way there and back, through the kernel and, under
+KVM, through its own tables.
+
+What is measured: one operation as a whole, of five stores.  What is not: operations that were
+faster than 4 us, and the pause.  An operation during which a guest was saved and restored took what
+the two time stamp counters differ by, which is no duration.
+
+What it costs: what timing operations costs, and for a slow one a few stores to pages of which each
+faults once a snapshot.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from lab.errors import GuestError, UsageError
+from lab.guest.protocol import (
+    PAGE_BYTES,
+    SLOW_ENTRIES,
+    SLOW_WORDS,
+    U64,
+    LatencyPage,
+)
+
+if TYPE_CHECKING:
+    from lab.vm import VM
+
+COLUMNS = ("thread", "op", "offset", "start_ns", "latency_ns")
+
+
+async def read_slow_writes(vm: "VM") -> pd.DataFrame:
+    """Return the slow operations that a guest remembers, oldest first.
+
+    Columns: `thread` of the writer; `op` its how many-th operation, from 1; `offset` of the page in
+    the guest's main RAM, in bytes; `start_ns` when it began, by the guest's clock, and `latency_ns`
+    how long it took.  Only as good as the guest's clock, which is to a permille.
+
+    Meant for a guest that is stopped, or slow at most now and then: entries that are written
+    meanwhile may be torn.
+
+    :raise UsageError: the guest does not time its operations, or does not note the slow ones.
+    :raise GuestError: its clock has not ticked yet.
+    """
+    progress = await vm.progress_page()
+    if not progress.latency_gpa:
+        raise UsageError("the guest does not time its operations", "boot with time_writes=True")
+    address = await vm.host_address(progress.latency_gpa)
+    page = LatencyPage.decode(vm.read_host(address, PAGE_BYTES), progress.threads)
+    if not page.set_gpa:
+        raise UsageError("a Linux guest notes no single operations", 'boot with guest="micro"')
+    if not page.ticks_per_ns:
+        raise GuestError("the guest's clock has not ticked", "let it run for longer")
+    parts = []
+    for thread, gpa in enumerate(page.slow_gpas):
+        octets = vm.read_host(await vm.host_address(gpa), SLOW_ENTRIES * SLOW_WORDS * 8)
+        entries = slow_entries(octets)
+        parts.append(
+            pd.DataFrame(
+                {
+                    "thread": thread,
+                    "op": entries[:, 3].astype(np.int64),
+                    "offset": (page.set_gpa + entries[:, 2] * PAGE_BYTES).astype(np.int64),
+                    "start_ns": _ns(entries[:, 0] - np.uint64(page.start_ticks), page.ticks_per_ns),
+                    "latency_ns": _ns(entries[:, 1], page.ticks_per_ns),
+                },
+                columns=list(COLUMNS),
+            )
+        )
+    return pd.concat(parts).sort_values("start_ns", ignore_index=True)
+
+
+def slow_entries(octets: bytes) -> U64:
+    """Return the entries of a ring, oldest first, one in a row."""
+    words = np.frombuffer(octets, "<u8").reshape(SLOW_ENTRIES, SLOW_WORDS)
+    written, room = int(words[0, 0]), SLOW_ENTRIES - 1
+    if written <= room:
+        return words[1 : 1 + written]
+    return np.roll(words[1:], -(written % room), axis=0)
+
+
+def _ns(ticks: U64, ticks_per_ns: float) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    return np.round(ticks.astype(np.int64) / ticks_per_ns).astype(np.int64)
