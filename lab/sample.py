@@ -23,6 +23,7 @@ import psutil
 
 from lab.errors import LabError
 from lab.host import require_disk
+from lab.hugepages import RATE_WINDOW_NS, rebuild_huge_pages, rebuild_summary
 from lab.instruments.hostmemory import df_host_memory, memory_summary, read_host_memory
 from lab.instruments.knownfaults import KnownFaults
 from lab.instruments.phases import buffer_summary
@@ -256,6 +257,13 @@ async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> S
             )
             await _tail(sampler, snapshot.request_ns, snapshot.end_ns)
         progress = sampler.df()
+        after = read_host_memory(vm.pid) if memory is not None else None
+        rebuilt = None
+        if instruments.rebuild_huge_pages:
+            await asyncio.sleep(RATE_WINDOW_NS / NS_PER_S + POLL_S)
+            rebuilt = await rebuild_huge_pages(vm)
+            await asyncio.sleep(RATE_WINDOW_NS / NS_PER_S + POLL_S)
+        whole = sampler.df()
     first = snapshot.request_ns - BASELINE_NS - round(BASELINE_MARGIN_S / 2 * NS_PER_S)
     progress = progress[progress["t_ns"] >= first].reset_index(drop=True)
     cost = slowdown(progress, request_ns=snapshot.request_ns, end_ns=snapshot.end_ns)
@@ -273,8 +281,8 @@ async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> S
         tables["threads"] = thread_times
     elif threads is not None:
         warnings.append("the times of QEMU's threads are unknown: the kernel does not count them")
-    if memory is not None:
-        tables["host_memory"] = df_host_memory(memory, read_host_memory(vm.pid))
+    if memory is not None and after is not None:
+        tables["host_memory"] = df_host_memory(memory, after)
     log_ = snapshot.fault_log
     if log_ is not None:
         tables["faults"] = log_.df
@@ -299,6 +307,7 @@ async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> S
         figures["known_faults_logged"] = known.logged(log_.df)
     figures |= buffer_summary(snapshot.counters) | stall_summary(snapshot.write_latency)
     figures |= thread_summary(thread_times) | memory_summary(tables.get("host_memory"))
+    figures |= rebuild_summary(rebuilt, whole, cost.baseline_ops_per_s)
     return Sample(
         outcome="ok",
         figures=figures,

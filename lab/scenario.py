@@ -321,7 +321,8 @@ class Instruments:
 
     `sample_interval_us` is the distance of the samples of progress.  With `known_faults` the lab
     itself writes to so many protected pages while the snapshot is taken, and counts them in the
-    fault log: `lab.instruments.knownfaults`.
+    fault log: `lab.instruments.knownfaults`.  With `rebuild_huge_pages`, once all else has been
+    recorded, what the snapshot split is put together again: `lab.hugepages`.
     """
 
     log_faults: bool = field(
@@ -347,8 +348,15 @@ class Instruments:
         metadata={"help": "protected pages that the lab itself writes to, to check the fault log"},
     )
 
+    rebuild_huge_pages: bool = field(
+        default=False,
+        metadata={
+            "help": "afterwards put guest RAM into huge pages again, and see what that is worth"
+        },
+    )
+
     def __post_init__(self) -> None:
-        for name in ("log_faults", "time_threads", "read_host_memory"):
+        for name in ("log_faults", "time_threads", "read_host_memory", "rebuild_huge_pages"):
             _require_bool(name, getattr(self, name))
         # More than a second apart there may be no two samples before the request.
         _require_int("sample_interval_us", self.sample_interval_us, 100, 100_000)

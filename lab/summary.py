@@ -65,6 +65,10 @@ _HEADINGS = {
     "thp_lost_mib": "THP lost MiB",
     "thp_splits": "THP splits",
     "page_cache_growth_mib": "page cache growth MiB",
+    "rebuild_ms": "THP rebuild ms",
+    "rebuilt_mib": "THP rebuilt MiB",
+    "rate_before_rebuild": "rate before rebuild %",
+    "rate_after_rebuild": "rate after rebuild %",
 }
 # A guest whose rate takes longer to come back after completion is not slow to recover: either the
 # baseline was measured in a fast second, or the host was busy.  Lost work counts that time.
@@ -74,6 +78,8 @@ _SCALES = {
     "buffer_max_bytes": 2.0**-20,
     "baseline_ops_per_s": 1e-6,
     "min_rate_50ms": 100.0,
+    "rate_before_rebuild": 100.0,
+    "rate_after_rebuild": 100.0,
 }
 
 

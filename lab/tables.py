@@ -243,6 +243,16 @@ SUMMARY_FIELDS: dict[str, Column] = {
     "page_cache_growth_mib": Column(
         "MiB", "the host's page cache with tmpfs and shared memory, after against before"
     ),
+    "rebuild_ms": Column(
+        "ms",
+        "how long it took to put guest RAM into huge pages again, guest running; null unless asked "
+        "for, like the next three",
+    ),
+    "rebuilt_mib": Column("MiB", "huge pages mapped in QEMU, after that against before"),
+    "rate_before_rebuild": Column(
+        "1", "rate in the second before it, after all else was recorded, as a share of the baseline"
+    ),
+    "rate_after_rebuild": Column("1", "rate in the second after it, likewise"),
     "verified": Column(
         "",
         "byte equality of every RAM block with the pause instant, in an untimed snapshot of "
@@ -294,6 +304,10 @@ METRICS = (
     "thp_lost_mib",
     "thp_splits",
     "page_cache_growth_mib",
+    "rebuild_ms",
+    "rebuilt_mib",
+    "rate_before_rebuild",
+    "rate_after_rebuild",
 )
 
 Ns = npt.NDArray[np.int64]

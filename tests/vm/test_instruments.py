@@ -1,5 +1,6 @@
 """Instruments on a real guest: what they find can be true, and each can be left out."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import psutil
 import pytest
 
 import lab
+from lab.errors import HostError
+from lab.hugepages import rebuild_huge_pages
 from lab.sample import take_sample
 from lab.scenario import Instruments, Scenario, to_json
 from lab.tables import COLUMNS
@@ -65,6 +68,30 @@ async def test_host_memory_is_read_outside_of_what_is_timed(tmp_path: Path) -> N
     assert figures["rss_growth_mib"] <= MACHINE.ram_mib + 256
     if figures["thp_lost_mib"] > 0:
         assert figures["thp_splits"] * 2 + 8 >= figures["thp_lost_mib"]
+
+
+async def test_huge_pages_that_a_snapshot_split_are_put_together_again(tmp_path: Path) -> None:
+    machine = dataclasses.replace(MACHINE, thp=True)
+    instruments = Instruments(rebuild_huge_pages=True)
+    scenario = Scenario(machine=machine, workload=WORKLOAD, method="live", instruments=instruments)
+    sample = await take_sample(scenario, tmp_path / "image", verify=True)
+    figures = sample.figures
+    if not sample.tables["host_memory"]["huge_bytes"].iloc[0]:
+        pytest.skip("this host had no huge pages to give")
+    assert figures["verified"]
+    assert figures["thp_lost_mib"] > 0
+    # Only where the host has none to give is less put together than was lost.
+    assert figures["rebuilt_mib"] > 0
+    assert figures["rebuild_ms"] > 0
+    assert figures["rate_before_rebuild"] > 0
+    assert figures["rate_after_rebuild"] > 0
+
+
+async def test_memory_that_is_not_to_be_huge_is_not_rebuilt(tmp_path: Path) -> None:
+    async with lab.boot(dataclasses.replace(MACHINE, thp=False), WORKLOAD) as vm:
+        with pytest.raises(HostError, match="none of the guest's memory"):
+            await rebuild_huge_pages(vm)
+        assert await vm.verify_working_set() == 0
 
 
 @pytest.mark.parametrize("method", ["live", "migrate-to-file"])
