@@ -160,9 +160,10 @@ def stages_figure(run_set: RunSet) -> list[Axes]:
 
 
 def varied_figure(
-    run_set: RunSet, x: str, metrics: Sequence[str], *, by: str = "method"
+    run_set: RunSet, x: str, metrics: Sequence[str], *, by: str | Sequence[str] = "method"
 ) -> list[Axes]:
-    """What the parameter `x`, which the set varied, changes; a line for each value of `by`.
+    """What the parameter `x`, which the set varied, changes; a line for each value of `by`, or for
+    each combination of values of several.
 
     :raise RunError: when the set did not vary `x`.
     """
@@ -170,7 +171,12 @@ def varied_figure(
         varied = ", ".join(run_set.varied) or "nothing"
         raise RunError(f"{run_set.name} did not vary {x} (it varied: {varied})", "name another")
     titles = {metric: heading(metric) for metric in metrics}
-    axes = plots.plot_varied(tables.df_runs(run_set), x, titles, by=by)
+    runs = tables.df_runs(run_set)
+    if not isinstance(by, str):
+        joined = ", ".join(by)
+        runs = runs.assign(**{joined: runs[list(by)].astype(str).agg(", ".join, axis=1)})
+        by = joined
+    axes = plots.plot_varied(runs, x, titles, by=by)
     plots.stamp(axes[0], plots.stamp_text(run_set))
     return axes
 
