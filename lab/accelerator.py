@@ -52,6 +52,14 @@ async def kvm_guest_problem(guest: GuestKind) -> str:
     return _found[guest]
 
 
+async def accelerator_problem(machine: Machine) -> str:
+    """Return why a machine does not run here for its accelerator; empty when nothing is known.
+
+    :raise HostError: when QEMU or the guest are not built.
+    """
+    return await kvm_guest_problem(machine.guest) if machine.accel == "kvm" else ""
+
+
 async def _probed(guest: GuestKind) -> str:
     from lab.qemu.build import find_qemu
     from lab.vm import boot

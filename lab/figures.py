@@ -210,6 +210,15 @@ def stalls_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
     return plots.stamp(ax, plots.stamp_text(run_set, [run.case for run in runs]))
 
 
+def waits_figure(run_set: RunSet, cases: Sequence[str], *, ax: Axes | None = None) -> Axes:
+    """What the guest waited for a page and the handler's part of it, for the runs of some cases
+    whose guest noted its slow writes.
+    """
+    runs = [run for run in run_set.measured() if run.has("slow_writes") and run.case in cases]
+    ax = plots.plot_waits(tables.df_waits_by_method(runs), ax=ax)
+    return plots.stamp(ax, plots.stamp_text(run_set, list(dict.fromkeys(r.case for r in runs))))
+
+
 def depth_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
     """Fault latency against what waited for the snapshot thread, for the methods that log faults.
 

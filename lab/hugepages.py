@@ -2,8 +2,7 @@
 
 A snapshot that protects memory by pages of 4 KiB splits the huge pages that held it, and they stay
 split: the kernel's own daemon looks at a few MiB in ten seconds.  Where nobody rebuilds them, a
-guest works with small pages from its first snapshot on, which shows most under KVM, whose tables
-map no more at once than the host's do.
+guest works with small pages from its first snapshot on.  Notebook `07-kvm` shows what that costs.
 
 The kernel does it at once when it is asked to (`MADV_COLLAPSE`, since Linux 6.1), also for another
 process.  It copies each piece of 2 MiB into a huge page of its own; a write to the piece waits for

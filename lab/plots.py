@@ -87,6 +87,16 @@ def colour(method: str) -> str:
     return COLOURS[_COLOUR_OF.get(method, _slot(method)) % len(COLOURS)]
 
 
+def case_colours(names: Iterable[str]) -> Mapping[str, str]:
+    """A colour for each of the names that one figure shows: a method's own, and where there are
+    cases of what a set varied, of which two may be of one method, one colour after the other.
+    """
+    shown = list(dict.fromkeys(names))
+    if any(", " in name for name in shown):
+        return {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(shown)}
+    return {name: colour(name) for name in shown}
+
+
 def line_style(method: str) -> str:
     """How a method's line is drawn: solid, or broken where another has the same colour."""
     return "--" if method in _BROKEN else "-"
@@ -201,6 +211,7 @@ def plot_fault_latency(faults: pd.DataFrame, *, by: str = "method", ax: Axes | N
     if by not in data:
         data = data.assign(**{by: faults.attrs.get("method", "faults")})
     labelled = set()
+    colours = case_colours(data[by].astype(str))
     for keys, part in data.groupby([by, "run"], observed=True, sort=False):
         name = str(keys[0])
         values = np.sort(part["latency_us"].dropna().to_numpy(dtype=np.float64))
@@ -209,7 +220,7 @@ def plot_fault_latency(faults: pd.DataFrame, *, by: str = "method", ax: Axes | N
         share = np.arange(1, len(values) + 1) / len(values)
         label = None if name in labelled else name
         labelled.add(name)
-        style: dict[str, Any] = {"color": colour(name), "linestyle": line_style(name)}
+        style: dict[str, Any] = {"color": colours[name], "linestyle": line_style(name)}
         ax.step(values, share, where="post", label=label, alpha=0.8, linewidth=1.2, **style)
     _log_us(ax)
     ax.set_ylim(0, 1.01)
@@ -790,13 +801,14 @@ def plot_stalls(stalls: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax)
     labelled = set()
+    colours = case_colours(stalls["method"].astype(str))
     for keys, part in stalls.groupby(["method", "run", "window"], sort=False):
         method, window = str(keys[0]), str(keys[2])
         ordered = part.sort_values("low_ns")
         longer = ordered["ops"].iloc[::-1].cumsum().iloc[::-1] / ordered["window_s"]
         during = window == "during"
         label = method if during else "before"
-        style: dict[str, Any] = {"color": colour(method) if during else "#999999", "alpha": 0.8}
+        style: dict[str, Any] = {"color": colours[method] if during else "#999999", "alpha": 0.8}
         style |= {"linestyle": "-" if during else "--", "linewidth": 1.1 if during else 0.7}
         style |= {"label": None if label in labelled else label, "zorder": 2 if during else 1}
         labelled.add(label)
@@ -808,7 +820,34 @@ def plot_stalls(stalls: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("operations a second that took longer")
     ax.set_title("What the guest's own operations took")
     if labelled:
-        ax.legend()
+        _legend(ax, loc="upper right")
+    return ax
+
+
+def plot_waits(waits: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Share of faults over within x: solid by the guest's clock, dotted the handler's part of it.
+
+    :param waits: `lab.tables.df_waits_by_method`; all boots of a method are one line.
+    """
+    ax = _axes(ax)
+    colours = case_colours(waits["method"].astype(str))
+    for name, part in waits.groupby("method", sort=False):
+        method = str(name)
+        for column, style in (("wait_us", "-"), ("handler_us", ":")):
+            values = np.sort(part[column].dropna().to_numpy(dtype=np.float64))
+            if len(values) == 0:
+                continue
+            share = np.arange(1, len(values) + 1) / len(values)
+            label = method if column == "wait_us" else None
+            ax.step(values, share, style, where="post", color=colours[method], label=label)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(_plain))
+    ax.set_xlabel("us: the guest's write, by its clock (solid); the handler's part (dotted)")
+    ax.set_ylim(0, 1.01)
+    ax.set_ylabel("share of faults")
+    ax.set_title("What the guest waits for a page")
+    if len(waits):
+        _legend(ax, loc="lower right")
     return ax
 
 

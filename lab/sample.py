@@ -27,6 +27,7 @@ from lab.hugepages import RATE_WINDOW_NS, rebuild_huge_pages, rebuild_summary
 from lab.instruments.hostmemory import df_host_memory, memory_summary, read_host_memory
 from lab.instruments.knownfaults import KnownFaults
 from lab.instruments.phases import buffer_summary
+from lab.instruments.slowwrites import noted_since
 from lab.instruments.threads import thread_summary
 from lab.instruments.writelatency import stall_summary
 from lab.run import Marks, Outcome
@@ -235,6 +236,8 @@ async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> S
             known = await KnownFaults.find(vm, instruments.known_faults)
         memory = read_host_memory(vm.pid) if instruments.read_host_memory else None
         latency = await vm.write_latency() if scenario.workload.time_writes else None
+        notes = latency is not None and scenario.machine.guest == "micro"
+        slow_before = await vm.slow_writes() if notes else None
         with no_garbage_collection():
             await warm.hold(scenario.machine.ram_mib)
             if latency is not None:
@@ -255,6 +258,7 @@ async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> S
                 latency=latency,
                 threads=threads,
             )
+            slow = await vm.slow_writes() if notes else None
             await _tail(sampler, snapshot.request_ns, snapshot.end_ns)
         progress = sampler.df()
         after = read_host_memory(vm.pid) if memory is not None else None
@@ -276,6 +280,8 @@ async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> S
         tables["phases"] = phases
     if snapshot.write_latency is not None:
         tables["write_latency"] = snapshot.write_latency
+    if slow is not None and slow_before is not None:
+        tables["slow_writes"] = noted_since(slow_before, slow)
     thread_times = None if threads is None else threads.df(WINDOWS)
     if thread_times is not None:
         tables["threads"] = thread_times

@@ -23,6 +23,7 @@ from lab.stats import quantile
 if TYPE_CHECKING:
     from lab.run import Run
 
+NS_PER_US = 1_000
 NS_PER_MS = 1_000_000
 NS_PER_S = 1_000_000_000
 
@@ -94,6 +95,13 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "low_ns": Column("ns", "shortest duration of an operation that is counted here"),
         "high_ns": Column("ns", "duration from which on it is counted in the next bucket"),
         "ops": Column("1", "operations that took so long, summed over the guest's writers"),
+    },
+    "slow_writes": {
+        "thread": Column("", "index of the writer, which is that of its vCPU modulo the vCPUs"),
+        "op": Column("1", "which of the writer's operations it was, from 1"),
+        "offset": Column("B", "offset of its page in the guest's main RAM block"),
+        "start_ns": Column("ns", "when it began, by the guest's clock, which has its own zero"),
+        "latency_ns": Column("ns", "how long it took, by the same clock"),
     },
     "threads": {
         "window": Column(
@@ -647,6 +655,47 @@ def df_write_latency_by_method(runs: Iterable[Run]) -> pd.DataFrame:
         parts.append(table)
     columns = ["run", "method", "window_s", *COLUMNS["write_latency"]]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def df_waits_by_method(runs: Iterable[Run]) -> pd.DataFrame:
+    """What the guest waited for a page beside what the handler took, fault by fault, of several
+    runs below each other.
+
+    Columns: run, method (or case), handler_us (the fault's latency; NaN when another thread
+    released the page) and wait_us (of the operation that faulted).  Runs without both a fault log
+    and slow writes are left out, and so is a fault for which the guest noted no operation.
+    """
+    parts = []
+    for run in runs:
+        if not (run.has("faults") and run.has("slow_writes")):
+            continue
+        waits = match_faults(run.df("faults"), run.df("slow_writes"))
+        us = waits[["latency_ns", "wait_ns"]].astype("Float64").astype(float) / NS_PER_US
+        named = us.rename(columns={"latency_ns": "handler_us", "wait_ns": "wait_us"})
+        parts.append(named.assign(run=run.name, method=run.case))
+    columns = ["run", "method", "handler_us", "wait_us"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def match_faults(faults: pd.DataFrame, slow: pd.DataFrame) -> pd.DataFrame:
+    """Return the faults for which the guest noted a slow operation on the same page, with `op`,
+    `thread` and `wait_ns` of that.
+
+    A page may have had several.  The guest's clock and the host's differ by a constant, but for a
+    permille; the median over all pairs is near it, because most pages have one pair, and of several
+    operations that one is taken which is nearest in time.
+
+    :param faults: columns of the table `faults`.
+    :param slow: columns of the table `slow_writes`.
+    """
+    noted = slow.rename(columns={"latency_ns": "wait_ns"})[
+        ["thread", "op", "offset", "start_ns", "wait_ns"]
+    ]
+    named = faults[faults["vcpu"].notna()]
+    pairs = named.astype({"offset": "int64"}).merge(noted, on="offset")
+    apart = pairs["read_ns"] - pairs["start_ns"]
+    nearest = (apart - apart.median()).abs().sort_values(kind="stable").index
+    return pairs.loc[nearest].drop_duplicates("seq").sort_values("seq", ignore_index=True)
 
 
 def varying(frames: Sequence[Mapping[str, Any]], names: Sequence[str] = DIMENSIONS) -> list[str]:

@@ -118,10 +118,12 @@ async def _measured(plan: "Plan", out: Path, note: str) -> "RunSet":
 
 
 async def _other_sets(folder: Path, note: str, repeats: int | None) -> "dict[str, RunSet]":
-    """Measure again, by its own plan, every other set that a notebook shows.
+    """Measure again, by its own plan, every other set that a notebook shows, unless this host has
+    not the accelerator for it.
 
     :param repeats: instead of those of the plans.
     """
+    from lab.accelerator import accelerator_problem
     from lab.cli.measure_floor import run_floor
     from lab.floor.plan import FloorPlan
     from lab.measure import plan_here
@@ -147,6 +149,9 @@ async def _other_sets(folder: Path, note: str, repeats: int | None) -> "dict[str
             own[name] = await run_floor(from_json(FloorPlan, document), out, note=note)
         else:
             plan = plan_here(recorded)
+            if problem := await accelerator_problem(plan.machine):
+                print(f"{name} is shown as it was recorded: {problem}", file=sys.stderr)
+                continue
             if repeats is not None:
                 plan = replace(plan, repeats=repeats, warmups=0)
             own[name] = await _measured(plan, out, note)

@@ -41,8 +41,8 @@ async def read_slow_writes(vm: "VM") -> pd.DataFrame:
     the guest's main RAM, in bytes; `start_ns` when it began, by the guest's clock, and `latency_ns`
     how long it took.  Only as good as the guest's clock, which is to a permille.
 
-    Meant for a guest that is stopped, or slow at most now and then: entries that are written
-    meanwhile may be torn.
+    The guest may run on.  If so many of its operations are slow that it writes over the oldest
+    meanwhile, these may be torn.
 
     :raise UsageError: the guest does not time its operations, or does not note the slow ones.
     :raise GuestError: its clock has not ticked yet.
@@ -73,6 +73,12 @@ async def read_slow_writes(vm: "VM") -> pd.DataFrame:
             )
         )
     return pd.concat(parts).sort_values("start_ns", ignore_index=True)
+
+
+def noted_since(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """Return what a guest remembers now and did not yet have to remember before."""
+    last = before.groupby("thread")["op"].max()
+    return after[after["op"] > after["thread"].map(last).fillna(0)].reset_index(drop=True)
 
 
 def slow_entries(octets: bytes) -> U64:

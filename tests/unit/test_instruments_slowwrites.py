@@ -5,11 +5,12 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lab.guest import build
 from lab.guest.protocol import PAGE_BYTES, SLOW_ENTRIES, SLOW_WORDS
-from lab.instruments.slowwrites import slow_entries
+from lab.instruments.slowwrites import noted_since, slow_entries
 
 SOURCE = """
 #include "writers.h"
@@ -51,3 +52,12 @@ def test_the_last_of_what_was_noted_is_read_oldest_first(
 
 def test_the_ring_is_whole_pages() -> None:
     assert SLOW_ENTRIES * SLOW_WORDS * 8 % PAGE_BYTES == 0
+
+
+def test_what_a_guest_remembered_before_is_not_new() -> None:
+    def noted(*operations: tuple[int, int]) -> pd.DataFrame:
+        return pd.DataFrame(operations, columns=["thread", "op"])
+
+    after = noted((0, 5), (1, 2), (0, 6), (1, 9), (2, 1))
+    assert noted_since(noted((0, 5), (1, 2)), after).values.tolist() == [[0, 6], [1, 9], [2, 1]]
+    assert len(noted_since(noted(), after)) == len(after)

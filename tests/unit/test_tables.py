@@ -207,3 +207,31 @@ def test_no_fault_log_is_unknown_and_no_faults_is_none() -> None:
 def test_varying_names_only_dimensions_that_differ() -> None:
     rows = [{"method": "a", "ram_mib": 1024}, {"method": "b", "ram_mib": 1024}]
     assert tables.varying(rows) == ["method"]
+
+
+def test_a_fault_is_matched_to_the_slow_write_on_its_page_that_is_nearest_in_time() -> None:
+    shift_ns = 10**15
+    faults = pd.DataFrame(
+        {
+            "seq": [0, 1, 2, 3],
+            "offset": [4096, 8192, 12288, 4096],
+            "vcpu": pd.array([0, 0, None, 0], dtype="Int64"),
+            "read_ns": np.array([5_000, 9_000, 9_500, 900_000]) + shift_ns,
+            "latency_ns": pd.array([2_000, None, 2_000, 3_000], dtype="Int64"),
+        }
+    )
+    slow = pd.DataFrame(
+        {
+            "thread": 0,
+            "op": [1, 2, 3, 4, 5],
+            "offset": [4096, 8192, 4096, 16384, 12288],
+            "start_ns": [1_000, 5_500, 895_000, 7_000, 5_500],
+            "latency_ns": [11_000, 12_000, 13_000, 14_000, 15_000],
+        }
+    )
+    matched = tables.match_faults(faults, slow)
+    # A fault of another thread than a vCPU's is nobody's operation.
+    assert matched["seq"].tolist() == [0, 1, 3]
+    assert matched["op"].tolist() == [1, 2, 3]
+    assert matched["wait_ns"].tolist() == [11_000, 12_000, 13_000]
+    assert len(tables.match_faults(faults, slow[slow["op"] == 4])) == 0

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lab import measure, notebooks, run
+from lab.accelerator import accelerator_problem
 
 pytestmark = [pytest.mark.vm, pytest.mark.notebook, pytest.mark.platforms("tcg")]
 
@@ -37,6 +38,11 @@ def smaller(plan: measure.Plan) -> measure.Plan:
     )
 
 
+async def skip_without_accelerator(recorded: run.RunSet) -> None:
+    if problem := await accelerator_problem(measure.plan_here(recorded).machine):
+        pytest.skip(f"{recorded.name}: {problem}")
+
+
 def small_set(recorded: run.RunSet, folder: Path) -> run.RunSet:
     """A set of nothing but a plan, which is all that measuring again asks for."""
     plan = smaller(measure.plan_here(recorded))
@@ -49,6 +55,8 @@ async def test_it_runs_live(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
     parameters: dict[str, Any] = {"LIVE": True}
     for parameter, name in notebooks.sets_named(path).items():
         recorded = run.load_set(ROOT / "data" / name)
+        if recorded.kind != "floor":
+            await skip_without_accelerator(recorded)
         shown = recorded if recorded.kind == "floor" else small_set(recorded, tmp_path)
         parameters[parameter] = str(shown.path)
     target = tmp_path / "live.ipynb"
