@@ -14,7 +14,7 @@ from lab.errors import RunError, UsageError
 from lab.floor.summary import df_floor_medians
 from lab.overhead import df_overhead, df_sample_gaps
 from lab.run import Run, RunSet
-from lab.summary import heading
+from lab.summary import heading, in_shown_units
 
 SLOWDOWN_BIN_MS = 10.0
 """Width of the bins in which the guest's speed around a snapshot is drawn by default."""
@@ -171,7 +171,7 @@ def varied_figure(
         varied = ", ".join(run_set.varied) or "nothing"
         raise RunError(f"{run_set.name} did not vary {x} (it varied: {varied})", "name another")
     titles = {metric: heading(metric) for metric in metrics}
-    runs = tables.df_runs(run_set)
+    runs = in_shown_units(tables.df_runs(run_set), metrics)
     if not isinstance(by, str):
         joined = ", ".join(by)
         runs = runs.assign(**{joined: runs[list(by)].astype(str).agg(", ".join, axis=1)})
@@ -186,7 +186,8 @@ def against_figure(
 ) -> list[Axes]:
     """What depends on the number `x`, a column of `lab.tables.df_runs`; a line a method."""
     titles = {metric: heading(metric) for metric in metrics}
-    axes = plots.plot_against(tables.df_runs(run_set), x, titles, x_title=x_title)
+    runs = in_shown_units(tables.df_runs(run_set), [m for m in metrics if m != x])
+    axes = plots.plot_against(runs, x, titles, x_title=x_title)
     plots.stamp(axes[0], plots.stamp_text(run_set))
     return axes
 

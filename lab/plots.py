@@ -820,7 +820,7 @@ def plot_stalls(stalls: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("operations a second that took longer")
     ax.set_title("What the guest's own operations took")
     if labelled:
-        _legend(ax, loc="upper right")
+        _legend(ax, loc="lower left")
     return ax
 
 

@@ -88,6 +88,11 @@ def heading(metric: str) -> str:
     return _HEADINGS.get(metric, metric)
 
 
+def in_shown_units(runs: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """Return the runs with these of their columns in the units of `heading`."""
+    return runs.assign(**{m: runs[m] * _SCALES[m] for m in metrics if m in _SCALES})
+
+
 def shown(metric: str, value: float | None) -> str:
     """A value in the unit of `heading`, three significant digits; `-` for null."""
     if value is None or math.isnan(value):

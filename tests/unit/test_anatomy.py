@@ -221,3 +221,40 @@ def test_tables_of_a_set_that_varied_nothing_have_no_more_columns(
     frame = tables.df_runs(made)
     assert list(frame["case"]) == list(frame["method"])
     assert "chunk_kib" not in frame
+
+
+def test_what_a_set_varied_is_drawn_in_the_units_that_the_titles_name() -> None:
+    recorded = run.load_set(DATA / "kvm-methods")
+    shares, rates = figures.varied_figure(
+        recorded, "accel", ["rate_after_rebuild", "baseline_ops_per_s"]
+    )
+    assert shares.get_title() == "rate after rebuild %"
+    assert rates.get_title() == "baseline Mops/s"
+    for ax, scale in ((shares, (20, 300)), (rates, (0.5, 100))):
+        heights = np.concatenate([np.asarray(line.get_ydata()) for line in ax.get_lines()])
+        assert scale[0] < heights.min() < heights.max() < scale[1]
+
+
+def test_combinations_of_what_a_set_varied_get_a_line_each() -> None:
+    recorded = run.load_set(DATA / "ram-kinds")
+    axes = figures.varied_figure(recorded, "ram_kind", ["pause_ms"], by=("method", "accel"))
+    legend = axes[0].get_legend()
+    assert legend is not None
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["background, kvm", "background, tcg", "live, kvm", "live, tcg"]
+
+
+def test_the_wait_of_the_guest_is_drawn_beside_the_handlers_part_of_it() -> None:
+    recorded = run.load_set(DATA / "kvm-faults")
+    cases = recorded.cases_with(accel="kvm")
+    ax = figures.waits_figure(recorded, cases)
+    assert [line.get_linestyle() for line in ax.get_lines()] == ["-", ":"] * len(cases)
+    colours = [line.get_color() for line in ax.get_lines()]
+    assert colours[::2] == colours[1::2]
+    assert len(set(colours)) == len(cases)
+    waits = tables.df_waits_by_method(recorded.measured())
+    # Nearly every fault has the guest's own word, who waits longer than the handler works.
+    logged = sum(int(one.df("faults")["vcpu"].notna().sum()) for one in recorded.measured())
+    assert 0.8 * logged < len(waits) <= logged
+    middle = waits.groupby("method")[["handler_us", "wait_us"]].median()
+    assert (middle["wait_us"] > middle["handler_us"]).all()

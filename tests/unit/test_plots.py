@@ -247,3 +247,9 @@ def test_a_legend_of_many_long_names_leaves_the_axes_their_room() -> None:
     assert legend_box.y1 < axes_box.y0
     assert legend_box.y0 >= 0
     assert axes_box.height > 200
+
+
+def test_cases_of_one_figure_never_share_a_colour_and_methods_keep_theirs() -> None:
+    cases = [f"{method}, accel={accel}" for method in ("live", "live-rfc") for accel in "ab"]
+    assert len(set(plots.case_colours(cases).values())) == len(cases)
+    assert plots.case_colours(["live-rfc", "live"])["live"] == plots.colour("live")

@@ -69,8 +69,32 @@ enum { APIC_INIT = 0x4500, APIC_STARTUP = 0x4600, APIC_TIMER_MASKED = 1 << 16, A
 
 #define APIC ((volatile uint32_t *)UINT64_C(0xfee00000))
 
-/* How long to compare the two counters: the timer is read in microseconds, so to a permille. */
-enum { CALIBRATION_NS = 10000000 };
+/* How long to compare the two counters: the timer is read in microseconds, so to a permille.  It
+ * is set to run for as long as it can, 4 s, because a host that is busy may not come back sooner;
+ * and one that does not count for as many ticks as a minute or so has does not count. */
+enum { CALIBRATION_NS = 10000000, CALIBRATION_READS = 16 };
+static const uint64_t CALIBRATION_LIMIT_TICKS = UINT64_C(1) << 37;
+
+/* What is left of the timer, and the time stamp counter at the same time: of several readings the
+ * one that took least, because a host may run something else in the middle of one. */
+static inline uint32_t read_timer(uint64_t *ticks)
+{
+    uint64_t least = UINT64_MAX;
+    uint32_t left = 0;
+
+    for (unsigned i = 0; i < CALIBRATION_READS; i++) {
+        uint64_t before = read_ticks();
+        uint32_t now = APIC[APIC_TIMER_CURRENT];
+        uint64_t took = read_ticks() - before;
+
+        if (took < least) {
+            least = took;
+            left = now;
+            *ticks = before + took / 2;
+        }
+    }
+    return left;
+}
 
 /*
  * Find out how fast the time stamp counter counts; false if there is no timer to tell.
@@ -85,20 +109,20 @@ static inline bool clock_start(struct clock *clock)
 
     APIC[APIC_TIMER] = APIC_TIMER_MASKED;
     APIC[APIC_TIMER_DIVIDE] = APIC_BY_ONE;
-    APIC[APIC_TIMER_INITIAL] = 4 * CALIBRATION_NS;
-    first = APIC[APIC_TIMER_CURRENT];
-    clock->start = read_ticks();
+    APIC[APIC_TIMER_INITIAL] = UINT32_MAX;
+    first = read_timer(&clock->start);
     do {
-        left = APIC[APIC_TIMER_CURRENT];
-        ticks = read_ticks() - clock->start;
-    } while (left && first - left < CALIBRATION_NS);
+        left = read_timer(&ticks);
+        ticks -= clock->start;
+    } while (left && first - left < CALIBRATION_NS && ticks < CALIBRATION_LIMIT_TICKS);
     APIC[APIC_TIMER_INITIAL] = 0;
-    if (!left) {
+    if (!left || first - left < CALIBRATION_NS) {
         return false;
     }
     clock->hz = scale_ratio(ticks, 1000000000, first - left);
     return clock->hz > 1000;
 }
+
 /* Have a processor begin at `address`, in real mode; `pause` is how many ticks it gets to reset. */
 static inline void start_processor(uint64_t index, uint64_t address, uint64_t pause)
 {
