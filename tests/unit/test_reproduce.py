@@ -8,7 +8,7 @@ import pytest
 
 from lab import notebooks, run
 from lab.__main__ import main
-from lab.cli.reproduce import MAIN_SET, PROFILES, _measured, write_up
+from lab.cli.reproduce import MAIN_SET, PROFILES, _measured, _other_sets, write_up
 from lab.errors import HostError, RunError
 from lab.floor.plan import FloorPlan
 from lab.measure import Plan, plan_here, plan_of, slots
@@ -82,6 +82,31 @@ def test_kinds_of_ram_that_this_host_has_not_are_left_out(
     plan = Plan(methods=("live",), vary={"ram_kind": ("anon", "hugetlb"), "vcpus": (1, 2)})
     made = run.create_set(tmp_path / "x", plan=to_json(plan), host={}, binaries={}, lab={})
     assert plan_here(made).vary == {"ram_kind": ("anon",), "vcpus": (1, 2)}
+
+
+async def test_a_set_whose_accelerator_is_not_here_is_shown_as_it_was_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    async def problem(guest: str) -> str:
+        return "there is no KVM"
+
+    async def measured(plan: Plan, out: Path, note: str) -> None:
+        assert plan.machine.accel != "kvm"
+        asked.append(out.name)
+
+    async def floor(plan: FloorPlan, out: Path, *, note: str) -> None:
+        asked.append(out.name)
+
+    monkeypatch.setattr("lab.accelerator.kvm_guest_problem", problem)
+    monkeypatch.setattr("lab.cli.reproduce._measured", measured)
+    monkeypatch.setattr("lab.cli.measure_floor.run_floor", floor)
+    own = await _other_sets(tmp_path, "", 1)
+    assert sorted(own) == sorted(asked)
+    assert {"kvm-methods", "floor"} <= set(own)
+    assert "kvm-large" not in own
+    assert "kvm-large is shown as it was recorded: there is no KVM" in capsys.readouterr().err
 
 
 def test_quick_is_small_and_full_can_be_published() -> None:
