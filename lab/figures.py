@@ -211,13 +211,22 @@ def stalls_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
     return plots.stamp(ax, plots.stamp_text(run_set, [run.case for run in runs]))
 
 
-def waits_figure(run_set: RunSet, cases: Sequence[str], *, ax: Axes | None = None) -> Axes:
-    """What the guest waited for a page and the handler's part of it, for the runs of some cases
-    whose guest noted its slow writes.
+def waits_figure(
+    run_set: RunSet, cases: Sequence[str] | None = None, *, ax: Axes | None = None
+) -> Axes:
+    """What the guest waited for a page and the handler's part of it, for the runs whose guest
+    noted its slow writes.
+
+    :param cases: draw only these; all by default.
     """
-    runs = [run for run in run_set.measured() if run.has("slow_writes") and run.case in cases]
+    shown = run_set.cases if cases is None else cases
+    runs = [run for run in run_set.measured() if _has_waits(run) and run.case in shown]
     ax = plots.plot_waits(tables.df_waits_by_method(runs), ax=ax)
     return plots.stamp(ax, plots.stamp_text(run_set, list(dict.fromkeys(r.case for r in runs))))
+
+
+def _has_waits(run: Run) -> bool:
+    return run.has("slow_writes") and run.has("faults")
 
 
 def depth_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
@@ -268,6 +277,7 @@ def available(run_set: RunSet) -> Mapping[str, bool]:
         "faults": any(run.has("faults") for run in runs),
         "phases": any(run.has("phases") for run in runs),
         "stalls": any(run.has("write_latency") for run in runs),
+        "waits": any(_has_waits(run) for run in runs),
     }
 
 

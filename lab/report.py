@@ -50,7 +50,8 @@ _LIMITS = (
     "boot, and only their spread over boots says how repeatable they are.",
     "Fault latency is the handler's side: from the fault message being read to the page being "
     "released. The guest waits "
-    "longer: the fault's way to the handler and the wake-up of the vCPU come on top.",
+    "longer: the fault's way to the handler and the wake-up of the vCPU come on top. Of the "
+    "highest latencies some are too high: the vCPU may take the CPU before the time is noted.",
     "Faults on pages that the sweep released while the fault was on its way count as faults "
     "but have no latency of their own.",
     "Lost work is time at the guest's own rate just before; a guest whose rate wanders by "
@@ -304,6 +305,16 @@ _FIGURES = (
         caption="By the guest's own clock, which stops with the VM: no pause is in it. Every "
         "operation longer than 4 us between request and completion, whatever held it up; the "
         "dashed lines are the second before.",
+    ),
+    _Figure(
+        title="What the guest waits for a page",
+        needs="waits",
+        draw=figures.waits_figure,
+        caption="Each write fault of the log beside the guest's own operation on that page, by the "
+        "guest's clock: between the two curves of a case is the way to the handler and back. "
+        "Operations are matched by page and time; a fault for which the guest noted none is left "
+        "out. Where the handler's part is the longer one, the guest went on before the call that "
+        "released the page had returned.",
     ),
     _Figure(
         title="The pause",

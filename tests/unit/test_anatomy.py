@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from lab import anatomy, figures, plots, run, tables
 from lab.errors import RunError
 from lab.floor.summary import df_floor_medians
+from lab.report import render_report
 
 MakeSet = Callable[..., run.RunSet]
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -258,3 +259,9 @@ def test_the_wait_of_the_guest_is_drawn_beside_the_handlers_part_of_it() -> None
     assert 0.8 * logged < len(waits) <= logged
     middle = waits.groupby("method")[["handler_us", "wait_us"]].median()
     assert (middle["wait_us"] > middle["handler_us"]).all()
+
+
+def test_the_report_shows_the_waits_of_a_guest_that_noted_them_and_no_other() -> None:
+    title = "What the guest waits for a page"
+    assert title in render_report(run.load_set(DATA / "kvm-faults"))
+    assert title not in render_report(run.load_set(DATA / "kvm-large"))
