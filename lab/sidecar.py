@@ -12,12 +12,13 @@ from typing import Any
 
 import msgspec
 
+from lab.checksums import Checksums, damaged_pieces
 from lab.errors import RestoreError, UsageError
 from lab.guest.protocol import ReadyRecord
 from lab.qemu.build import QemuBinary
 from lab.scenario import Machine, Workload, from_json
 
-FORMAT = "lab.snapshot/1"
+FORMAT = "lab.snapshot/2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Sidecar:
     `machine_type` is the versioned one.  `ready` is what the guest said at its boot; its nonce is
     nowhere else but in the image.  It is None when the guest was still booting.  `binary` and
     `kernel_sha256` say what took it, for the record: another QEMU that knows the machine type may
-    restore it.
+    restore it.  `checksums` is None where nobody asked for them.
     """
 
     method: str
@@ -36,6 +37,7 @@ class Sidecar:
     workload: Workload
     machine_type: str
     image_bytes: int
+    checksums: Checksums | None
     created_utc: str
     ready: ReadyRecord | None
     binary: QemuBinary
@@ -89,6 +91,29 @@ def read_sidecar(image: Path) -> Sidecar:
     return sidecar
 
 
+async def check_image(image: Path, sidecar: Sidecar) -> None:
+    """Read all of `image` against the checksums of its sidecar, where it has them.
+
+    :raise RestoreError: when a byte differs, or the image can not be read.
+    """
+    sums = sidecar.checksums
+    if sums is None:
+        return
+    try:
+        damaged = await damaged_pieces(image, sidecar.image_bytes, sums)
+    except OSError as error:
+        raise RestoreError(f"{image} can not be read: {error.strerror}") from error
+    if damaged:
+        start = damaged[0] * sums.piece_bytes
+        end = min(start + sums.piece_bytes, sidecar.image_bytes)
+        more = f" and {len(damaged) - 1} more places" if len(damaged) > 1 else ""
+        raise RestoreError(
+            f"{image.name} is damaged: bytes {start} to {end - 1}{more} are not those that were "
+            "written",
+            "copy it again, or take the snapshot again",
+        )
+
+
 def _parse(content: bytes) -> Sidecar:
     data = json.loads(content)
     if not isinstance(data, dict):
@@ -111,6 +136,8 @@ def _parse(content: bytes) -> Sidecar:
     plain = msgspec.convert(
         {k: v for k, v in data.items() if k not in nested}, _Plain, dec_hook=_decode_path
     )
+    if plain.checksums is not None and not plain.checksums.covers(plain.image_bytes):
+        raise ValueError("its checksums are not those of all of the image")
     return Sidecar(**msgspec.structs.asdict(plain), **nested)
 
 
@@ -121,6 +148,7 @@ class _Plain(msgspec.Struct, frozen=True, kw_only=True):
     engine: str | None
     machine_type: str
     image_bytes: int
+    checksums: Checksums | None
     created_utc: str
     ready: ReadyRecord | None
     binary: QemuBinary

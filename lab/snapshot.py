@@ -35,6 +35,7 @@ from typing import Any
 
 import pandas as pd
 
+from lab.checksums import Checksums, checksums_of
 from lab.display import html_row
 from lab.errors import HostError, LabError, QmpError, SnapshotError, UsageError
 from lab.guest.protocol import ReadyRecord
@@ -243,6 +244,7 @@ async def take(
     latency: WriteLatency | None = None,
     threads: ThreadTimes | None = None,
     hold: Hold | None = None,
+    checksums: bool = False,
 ) -> Snapshot:
     """Take a snapshot of `vm`; `VM.snapshot` says more.
 
@@ -256,6 +258,8 @@ async def take(
         On the patched QEMU's live methods that is the engine's pre-switchover hold; for ordinary
         migration, completion.  The unpatched `background` can not be held: the guest is stopped
         and held before the request, and goes on when QEMU has transferred the first pages.
+    :param checksums: read the image again for the checksums of its sidecar.  It takes the host's
+        CPUs from the guest, so measurements do without.
     """
     how = method_of(method)
     if not how.runs_on(vm.binary.variant):
@@ -292,8 +296,12 @@ async def take(
                 threads=threads,
             )
             await attempt.run()
-            size = _publish(vm, how, attempt.ready_at_pause(), partial, image)
+            ready = attempt.ready_at_pause()
+            # Before the checksums are made, so that what they take from the guest is not shown.
             await asyncio.sleep(after_s)
+            size = partial.stat().st_size
+            sums = await _checksums(partial, size) if checksums else None
+            _publish(vm, how, ready, size, sums, partial, image)
         return attempt.result(image, size, sampler)
 
 
@@ -714,9 +722,26 @@ def _resident_bytes(pid: int) -> int:
     return total_kib * 1024
 
 
-def _publish(vm: VM, how: Method, ready: ReadyRecord | None, partial: Path, image: Path) -> int:
-    """Give the complete image its name, together with its sidecar; return its size."""
-    size = partial.stat().st_size
+async def _checksums(partial: Path, size: int) -> Checksums:
+    try:
+        return await checksums_of(partial, size)
+    except OSError as error:
+        raise SnapshotError(
+            f"{partial} can not be read for its checksums: {error.strerror}",
+            "take the snapshot again, on another disk",
+        ) from error
+
+
+def _publish(
+    vm: VM,
+    how: Method,
+    ready: ReadyRecord | None,
+    size: int,
+    sums: Checksums | None,
+    partial: Path,
+    image: Path,
+) -> None:
+    """Give the complete image its name, together with its sidecar."""
     sidecar = Sidecar(
         method=how.name,
         engine=how.engine,
@@ -724,6 +749,7 @@ def _publish(vm: VM, how: Method, ready: ReadyRecord | None, partial: Path, imag
         workload=vm.workload,
         machine_type=vm.machine_type,
         image_bytes=size,
+        checksums=sums,
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         ready=ready,
         binary=vm.binary,
@@ -743,4 +769,3 @@ def _publish(vm: VM, how: Method, ready: ReadyRecord | None, partial: Path, imag
     except OSError as error:
         new.unlink(missing_ok=True)
         raise SnapshotError(f"{image.name} can not be completed: {error.strerror}") from error
-    return size

@@ -44,7 +44,7 @@ from lab.process import QUIT_GRACE_S, Process, running
 from lab.qemu.build import QemuBinary, find_qemu
 from lab.qmp import COMMAND_TIMEOUT_S, Event, Qmp, connected
 from lab.scenario import MAPPED_RAM, Accel, Machine, Variant, Workload, check_fit, method
-from lab.sidecar import Sidecar, read_sidecar
+from lab.sidecar import Sidecar, check_image, read_sidecar
 from lab.workdir import private_folder
 
 if TYPE_CHECKING:
@@ -389,6 +389,7 @@ class VM:
         before_s: float = 1.0,
         after_s: float = 1.0,
         storage_mib_per_s: int = 0,
+        checksums: bool = True,
     ) -> "Snapshot":
         """Take a snapshot into the file `path`; the guest runs on afterwards.
 
@@ -402,6 +403,9 @@ class VM:
             `after_s` after the end.
         :param storage_mib_per_s: write the image no faster than that, as if to a slower disk; 0 is
             no limit.  Only for methods that write one byte after the other.
+        :param checksums: write checksums of the image into the sidecar, for `restore` to check.
+            They are made after all that is measured, while the guest runs: all CPUs of the host
+            read the image for a second or less a GiB.
         :raise UsageError: when the method does not exist, needs the other QEMU, or can not write
             to storage of a limited rate.
         :raise SnapshotError: when one is running already or it can not be completed.
@@ -418,6 +422,7 @@ class VM:
             before_s=before_s,
             after_s=after_s,
             storage_mib_per_s=storage_mib_per_s,
+            checksums=checksums,
         )
 
     @contextlib.contextmanager
@@ -610,6 +615,7 @@ async def restore(
     binary: Variant | None = None,
     channels: int = 1,
     accel: Accel | None = None,
+    check: bool = True,
 ) -> AsyncIterator[VM]:
     """Restore the guest from the snapshot `path`; it runs unless `paused`.
 
@@ -623,9 +629,11 @@ async def restore(
         page has its place, such as `live-mapped` makes.
     :param accel: None is the one that it was taken under.  An image taken under TCG can be
         restored under KVM; one taken under KVM holds the state of KVM's clock, which TCG has not.
+    :param check: read the image against the sidecar's checksums first, if it has them.  QEMU
+        itself finds no damage in a page: without it the guest may be silently another one.
     :raise UsageError: when the image can not be read by more than one thread.
-    :raise RestoreError: when the image or its sidecar is missing, cut short, of another machine
-        type or another format, or does not restore.
+    :raise RestoreError: when the image or its sidecar is missing, cut short, damaged, of another
+        machine type or another format, or does not restore.
     :raise HostError: when the host lacks memory, a build or an accelerator.
     """
     image = Path(path).absolute()
@@ -645,6 +653,8 @@ async def restore(
             "not load",
             'restore it with accel="kvm"',
         )
+    if check:
+        await check_image(image, sidecar)
     try:
         launched = _launched(
             qemu,

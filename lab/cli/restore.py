@@ -35,6 +35,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         choices=get_args(Accel),
         help="QEMU's accelerator (default: the one that it was taken under)",
     )
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not read the image against its checksums first",
+    )
     add_running_arguments(parser)
     parser.set_defaults(handler=_restore)
 
@@ -48,6 +53,7 @@ async def _restore(args: argparse.Namespace) -> int:
         binary=args.binary,
         channels=args.channels,
         accel=args.accel,
+        check=not args.no_check,
     ) as vm:
         await show_speed(vm, args)
     return 0

@@ -31,6 +31,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_arguments(parser, Machine)
     add_arguments(parser, Workload)
     add_arguments(parser, Storage)
+    parser.add_argument(
+        "--no-checksums",
+        action="store_true",
+        help="do not read the image again for the checksums in PATH.json",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(handler=_snapshot)
 
@@ -48,6 +53,7 @@ async def _snapshot(args: argparse.Namespace) -> int:
             args.method,
             progress=False,
             storage_mib_per_s=storage.storage_mib_per_s,
+            checksums=not args.no_checksums,
         )
     print(json.dumps(snapshot.summary()) if args.json else repr(snapshot))
     return 0

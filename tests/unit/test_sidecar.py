@@ -1,18 +1,25 @@
 """An image is restored as its sidecar says, or refused in one line."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lab.checksums import Checksums
 from lab.errors import RestoreError
 from lab.guest.protocol import ReadyRecord
 from lab.qemu.build import QemuBinary
 from lab.scenario import Machine, Workload
-from lab.sidecar import Sidecar, read_sidecar, sidecar_path
+from lab.sidecar import Sidecar, check_image, read_sidecar, sidecar_path
 
+IMAGE = b"image"
+SUMS = Checksums(
+    piece_bytes=4,
+    sha256=(hashlib.sha256(IMAGE[:4]).hexdigest(), hashlib.sha256(IMAGE[4:]).hexdigest()),
+)
 SIDECAR = Sidecar(
     method="live-rfc",
     engine="rfc",
@@ -20,6 +27,7 @@ SIDECAR = Sidecar(
     workload=Workload("sequential", wss_mib=64, threads=2, seed=2**63 - 1),
     machine_type="pc-i440fx-10.0",
     image_bytes=5,
+    checksums=SUMS,
     created_utc="2026-01-01T00:00:00+00:00",
     ready=ReadyRecord(
         nonce=2**64 - 1, progress_gpa=4096, wss_pages=16384, threads=2, seed=1, kind="sequential"
@@ -39,7 +47,7 @@ SIDECAR = Sidecar(
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "a.snap"
-    path.write_bytes(b"image")
+    path.write_bytes(IMAGE)
     sidecar_path(path).write_text(SIDECAR.to_text())
     return path
 
@@ -58,6 +66,29 @@ def test_a_guest_that_was_booting_has_said_nothing(image: Path) -> None:
     booting = dataclasses.replace(SIDECAR, ready=None)
     sidecar_path(image).write_text(booting.to_text())
     assert read_sidecar(image) == booting
+
+
+def test_an_image_may_have_no_checksums(image: Path) -> None:
+    without = dataclasses.replace(SIDECAR, checksums=None)
+    sidecar_path(image).write_text(without.to_text())
+    assert read_sidecar(image) == without
+
+
+async def test_an_image_is_checked_against_its_sidecar(image: Path) -> None:
+    await check_image(image, SIDECAR)
+    image.write_bytes(b"imagE")
+    await check_image(image, dataclasses.replace(SIDECAR, checksums=None))
+    with pytest.raises(RestoreError, match=r"a\.snap is damaged: bytes 4 to 4 are not"):
+        await check_image(image, SIDECAR)
+    image.write_bytes(b"iMagE")
+    with pytest.raises(RestoreError, match="bytes 0 to 3 and 1 more places are not"):
+        await check_image(image, SIDECAR)
+
+
+async def test_an_image_that_can_not_be_read_is_refused(image: Path) -> None:
+    image.unlink()
+    with pytest.raises(RestoreError, match="can not be read: No such file"):
+        await check_image(image, SIDECAR)
 
 
 def refused(image: Path) -> str:
@@ -85,8 +116,8 @@ def test_a_truncated_image_is_refused_with_both_sizes(image: Path) -> None:
 
 
 def test_another_format_is_refused(image: Path) -> None:
-    rewrite(image, format="lab.snapshot/2")
-    assert "lab.snapshot/2" in refused(image)
+    rewrite(image, format="lab.snapshot/1")
+    assert "lab.snapshot/1" in refused(image)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +126,10 @@ def test_another_format_is_refused(image: Path) -> None:
         {"image_bytes": "5"},
         {"image_bytes": ...},
         {"surprise": 1},
+        {"checksums": ...},
+        {"checksums": 3},
+        {"checksums": {"piece_bytes": 4, "sha256": ["0"]}},
+        {"checksums": {"piece_bytes": 0, "sha256": []}},
         {"machine": {"ram_mib": 1}},
         {"machine": {"colour": "red"}},
         {"machine": 3},
