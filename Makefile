@@ -4,13 +4,15 @@ PROFILE ?= quick
 REPRODUCE_ARGS ?=
 PYTHON := .venv/bin/python
 PYTEST_ARGS ?=
+SANITIZER ?= address
+SANITIZE_ARGS ?=
 QTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build reproduce test unit lint slow qtest lab notebooks doctor clean
+.PHONY: help setup build reproduce test test-all unit lint slow sanitize qtest lab notebooks doctor clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: ## install what is missing: Debian packages (as root), .venv/
 	@sh lab/bootstrap.sh
@@ -21,7 +23,10 @@ build: setup ## build QEMU, patched and unpatched, and the guest
 reproduce: setup ## measure every method on this machine; PROFILE=quick (default) or full; REPRODUCE_ARGS
 	@$(PYTHON) -m lab reproduce --profile $(PROFILE) $(REPRODUCE_ARGS)
 
-test: build lint ## everything that must be green: lint, types, tests
+test: build lint ## lint, types and the quick tests: some minutes
+	@$(PYTHON) -m pytest -m "not slow and not thorough" $(PYTEST_ARGS)
+
+test-all: build lint ## everything that must be green
 	@$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 unit: setup ## the tests that need no guest
@@ -32,8 +37,11 @@ lint: setup ## ruff and mypy
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
 
-slow: build ## the tests that take minutes, among them a build after every patch
+slow: build ## the tests that take many minutes, among them a build after every patch
 	@$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+
+sanitize: setup ## the quick tests of guests on a QEMU with sanitizers; SANITIZER=address or thread
+	@$(PYTHON) -m tests.vm.sanitize $(SANITIZER) $(SANITIZE_ARGS)
 
 qtest: build ## QEMU's own migration tests, with and without the patches (hours; QTEST_ARGS)
 	@$(PYTHON) -m lab qtest $(QTEST_ARGS)

@@ -48,6 +48,8 @@ WorkloadKind = Literal[
     "allocate",
 ]
 Variant = Literal["patched", "unpatched"]
+Sanitizer = Literal["address", "thread"]
+"""What the compiler checks while QEMU runs: addresses and undefined behaviour, or data races."""
 Mechanism = Literal["background", "precopy", "stopped"]
 
 MIN_RAM_MIB: Mapping[str, int] = types.MappingProxyType({"linux": 128, "micro": 16})

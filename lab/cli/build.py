@@ -3,8 +3,10 @@
 import argparse
 import json
 import sys
+from typing import get_args
 
 from lab.progress import ProgressLine
+from lab.scenario import Sanitizer
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -35,6 +37,12 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help="only build after every patch of the series (minutes)",
     )
+    parser.add_argument(
+        "--sanitize",
+        choices=get_args(Sanitizer),
+        help="only build the patched QEMU with the compiler's sanitizers of addresses and "
+        "undefined behaviour, or of threads, and print its path; `make sanitize` uses it",
+    )
     parser.set_defaults(handler=_build)
 
 
@@ -47,6 +55,8 @@ async def _build(args: argparse.Namespace) -> int:
         return await _check_series()
     if args.check_each_step:
         return await _check_each_step()
+    if args.sanitize:
+        return await _build_sanitized(args.sanitize)
     with ProgressLine() as progress:
         binaries = await ensure_qemu(progress, refresh_source=args.refresh_source)
         await ensure_guest(progress)
@@ -56,6 +66,15 @@ async def _build(args: argparse.Namespace) -> int:
     else:
         for name, binary in sorted(binaries.items()):
             print(f"{name:10} {binary.version}  {binary.path}")
+    return 0
+
+
+async def _build_sanitized(sanitizer: Sanitizer) -> int:
+    from lab.qemu.build import ensure_sanitized_qemu
+
+    with ProgressLine() as progress:
+        binary = await ensure_sanitized_qemu(sanitizer, progress)
+    print(binary.path)
     return 0
 
 

@@ -52,13 +52,14 @@ from lab.qemu.source import (
     qemu_cache,
     unpack,
 )
-from lab.scenario import Variant
+from lab.scenario import Sanitizer, Variant
 from lab.tools import require_tools, run_tool
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 _log = logging.getLogger(__name__)
 
+_NO_DEBUG_INFO = "--disable-debug-info"
 TARGETS = ("qemu-system-x86_64", "qemu-img")
 FLAGS = (
     "--target-list=x86_64-softmmu",
@@ -80,10 +81,14 @@ FLAGS = (
     "--disable-werror",
     "--disable-download",
     "--disable-install-blobs",
-    "--disable-debug-info",
+    _NO_DEBUG_INFO,
     # Debian's source has no firmware; these are its seabios, ipxe-qemu and qemu-system-data.
     "--firmwarepath=/usr/share/qemu:/usr/share/seabios:/usr/lib/ipxe/qemu",
 )
+SANITIZER_FLAGS: Mapping[Sanitizer, tuple[str, ...]] = {
+    "address": ("--enable-asan", "--enable-ubsan", "--enable-debug-info"),
+    "thread": ("--enable-tsan", "--enable-debug-info"),
+}
 # Debian 12's meson is older than what QEMU 10 asks for.
 PYTHON_REQUIREMENTS = ("meson>=1.5", "pycotap==1.3.1", "setuptools", "wheel")
 NEEDED_TOOLS = ("gcc", "ninja", "pkg-config", "flex", "bison", "patch", "perl", "xz")
@@ -137,18 +142,28 @@ class _Plan:
     source: Source
     patches: tuple[Path, ...]
     series_sha256: str | None
+    sanitizer: Sanitizer | None = None
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        if self.sanitizer is None:
+            return FLAGS
+        # A report names functions and lines.
+        kept = [flag for flag in FLAGS if flag != _NO_DEBUG_INFO]
+        return (*kept, *SANITIZER_FLAGS[self.sanitizer])
 
     @property
     def build_id(self) -> str:
         parts = [
             self.source.identity,
             self.series_sha256,
-            FLAGS,
+            self.flags,
             _devices_sha256(),
             platform.machine(),
         ]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-        return f"{self.variant}-{self.source.version}-{key}"
+        kind = self.variant if self.sanitizer is None else f"{self.variant}-{self.sanitizer}"
+        return f"{kind}-{self.source.version}-{key}"
 
     @property
     def folder(self) -> Path:
@@ -162,12 +177,16 @@ def _devices_sha256() -> str:
     return sha256_of(SERIES_DIR / "lab.mak")
 
 
-def _plan(variant: Variant, source: Source) -> _Plan:
+def _plan(variant: Variant, source: Source, sanitizer: Sanitizer | None = None) -> _Plan:
     if variant == "unpatched":
         return _Plan(variant=variant, source=source, patches=(), series_sha256=None)
     patches = tuple(read_series())
     return _Plan(
-        variant=variant, source=source, patches=patches, series_sha256=series_sha256(patches)
+        variant=variant,
+        source=source,
+        patches=patches,
+        series_sha256=series_sha256(patches),
+        sanitizer=sanitizer,
     )
 
 
@@ -380,7 +399,13 @@ class _Workshop:
         )
 
 
-async def _set_up(folder: Path, source: Source, log: Path, report: Progress) -> _Workshop:
+async def _set_up(
+    folder: Path,
+    source: Source,
+    log: Path,
+    report: Progress,
+    flags: Sequence[str] = FLAGS,
+) -> _Workshop:
     python = await _python_for_configure(log, report)
     environment, compiler = _compiler()
     shop = _Workshop(
@@ -398,7 +423,7 @@ async def _set_up(folder: Path, source: Source, log: Path, report: Progress) -> 
     shop.build.mkdir()
     report("configure qemu")
     await run_tool(
-        [shop.tree / "configure", f"--python={python}", *FLAGS],
+        [shop.tree / "configure", f"--python={python}", *flags],
         log=log,
         cwd=shop.build,
         env=environment,
@@ -421,7 +446,7 @@ async def _install(shop: _Workshop, plan: _Plan) -> None:
         source=plan.source.identity,
         series=[patch.name for patch in plan.patches],
         series_sha256=plan.series_sha256,
-        flags=list(FLAGS),
+        flags=list(plan.flags),
         devices_sha256=_devices_sha256(),
         compiler=shop.compiler,
         built_utc=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -495,6 +520,36 @@ async def _build(
             await apply_series(shop.tree, patches, log)
             await shop.ninja("patched")
             await _install(shop, patched)
+
+
+async def ensure_sanitized_qemu(
+    sanitizer: Sanitizer, progress: Progress | None = None
+) -> QemuBinary:
+    """Return the patched QEMU with a sanitizer in it, built when it is missing.
+
+    It is for finding faults, not for figures: it is several times slower, and larger.  Where it
+    is to be used, `LAB_QEMU_PATCHED` names it.
+
+    :raise LabError: as `ensure_qemu`.
+    """
+    report = progress or (lambda message: None)
+    log = _new_log(f"build-{sanitizer}")
+    async with _building_alone(report):
+        source = await obtain_source(log, report)
+        plan = _plan("patched", source, sanitizer)
+        if (binary := _built(plan)) is not None:
+            return binary
+        _require_host()
+        async with _work_folder() as folder:
+            patches = _copy_patches(plan, folder / "patches")
+            shop = await _set_up(folder, source, log, report, plan.flags)
+            await apply_series(shop.tree, patches, log)
+            await shop.ninja(f"patched, {sanitizer} sanitizer")
+            await _install(shop, plan)
+    binary = _built(plan)
+    if binary is None:
+        raise BuildError(f"{plan.folder} vanished after it was built", "try again")
+    return binary
 
 
 async def ensure_test_program(

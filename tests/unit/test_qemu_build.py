@@ -155,6 +155,22 @@ async def test_a_build_carries_a_stamp_of_what_went_into_it(tree: Path) -> None:
     assert stamp.built_utc.endswith("+00:00")
 
 
+async def test_a_build_with_sanitizers_is_kept_beside_the_others(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_series(tmp_path, monkeypatch, PATCH)
+    ordinary = await build.ensure_qemu()
+    found = {name: await build.ensure_sanitized_qemu(name) for name in build.SANITIZER_FLAGS}
+    assert len({binary.path for binary in (*ordinary.values(), *found.values())}) == 4
+    for name, binary in found.items():
+        assert "echo patched" in binary.path.read_text()
+        stamp = build.read_stamp(binary.path.parent)
+        assert stamp is not None
+        assert set(build.SANITIZER_FLAGS[name]) <= set(stamp.flags)
+        assert "--disable-debug-info" not in stamp.flags
+    assert build.find_qemu("patched") == ordinary["patched"]
+
+
 async def test_a_failed_build_names_its_log_and_leaves_nothing(tree: Path) -> None:
     set_compiler(tree, "echo cannot compile this; false")
 

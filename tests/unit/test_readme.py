@@ -27,7 +27,7 @@ def test_links_lead_somewhere(folder: str) -> None:
 
 def test_every_make_target_it_names_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+    for target in re.findall(r"\bmake ([a-z-]+)\b", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
@@ -36,6 +36,15 @@ def test_every_command_it_names_exists() -> None:
     known = {path.stem for path in (ROOT / "lab" / "cli").glob("[a-z]*.py")}
     assert {"measure", "compare", "report", "doctor"} <= named
     assert named <= known
+
+
+def test_every_test_that_proves_a_promise_exists() -> None:
+    named = re.findall(r"\b(test_\w+)\.py: ((?:test_\w+(?:, )?)+)", README)
+    assert len(named) > 20
+    for module, tests in named:
+        content = "".join(path.read_text() for path in (ROOT / "tests").glob(f"*/{module}.py"))
+        for test in tests.split(", "):
+            assert re.search(rf"^(async )?def {test}\(", content, re.MULTILINE), test
 
 
 def test_it_explains_every_method() -> None:

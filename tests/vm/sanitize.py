@@ -1,0 +1,81 @@
+"""Run the tests of guests on a QEMU with the compiler's sanitizers, and show what they found.
+
+    python -m tests.vm.sanitize address|thread [pytest's arguments]
+
+Addresses and undefined behaviour are watched by `address`, data races by `thread`. Each finding is
+printed once, and makes the status 1. So does a test that fails, but a QEMU that is several times
+slower may miss what a test waits for: read the report before the failure.
+
+`thread` knows nothing of QEMU's own ways to be safe, such as its coroutines, its RCU, and memory
+that a guest and a thread of the host both use on purpose. What it reports has to be judged.
+"""
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import get_args
+
+from lab.progress import ProgressLine
+from lab.qemu.build import ensure_sanitized_qemu
+from lab.scenario import Sanitizer
+
+ROOT = Path(__file__).parents[2]
+
+#: What is run when no tests are named.
+DEFAULT = ("tests/vm", "-m", "vm and not slow and not thorough")
+
+#: Memory that is still in use at the end is of no interest, and a guest's end is not waited for.
+COMMON = "detect_leaks=0:halt_on_error=0:abort_on_error=0:print_stacktrace=1"
+
+
+def _options(folder: Path) -> dict[str, str]:
+    options = f"{COMMON}:log_path={folder / 'report'}"
+    # Threads that fault in write-protected memory are QEMU's normal life.
+    return {
+        "ASAN_OPTIONS": f"{options}:detect_stack_use_after_return=0:handle_segv=1",
+        "UBSAN_OPTIONS": options,
+        "TSAN_OPTIONS": f"{options}:report_signal_unsafe=0:second_deadlock_stack=1",
+    }
+
+
+def findings(folder: Path) -> dict[str, str]:
+    """Return each finding once: its place, and the report of it."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("report*")):
+        text = path.read_text(errors="replace")
+        for line in text.splitlines():
+            if "SUMMARY:" in line or "runtime error:" in line:
+                found.setdefault(line.strip(), text)
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Build, run, and report; return the exit status."""
+    if not arguments or arguments[0] not in get_args(Sanitizer):
+        print(__doc__, file=sys.stderr)
+        return 2
+    sanitizer: Sanitizer = "address" if arguments[0] == "address" else "thread"
+    with ProgressLine() as progress:
+        binary = asyncio.run(ensure_sanitized_qemu(sanitizer, progress))
+    with tempfile.TemporaryDirectory(prefix="sanitize-") as name:
+        folder = Path(name)
+        chosen = arguments[1:] or DEFAULT
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *chosen],
+            cwd=ROOT,
+            env=os.environ | _options(folder) | {"LAB_QEMU_PATCHED": str(binary.path)},
+        )
+        found = findings(folder)
+    for text in dict.fromkeys(found.values()):
+        print(text)
+    for line in found:
+        print(line)
+    print(f"{len(found)} findings of the {sanitizer} sanitizer")
+    return 1 if found else done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
