@@ -6,6 +6,9 @@ that a parameter that is added to the lab does not change what a seed gives for 
 is drawn may not go together, or not be possible on this host; `_reconcile` then takes the nearest
 that is.
 
+What makes a trial simpler stands in `SIMPLER`: a trial that fails is simplified as long as it does
+(`lab.shrink`), and the seed with the names of what was simplified gives it again.
+
 What is drawn for a machine stands in `MACHINE`, by field.  A new field of `Machine` is drawn once
 it is listed there, and `_reconcile` knows what it does not go together with.
 """
@@ -92,6 +95,25 @@ BALLOON_MIB = (0, 8, 32)
 RESET = (False,) * 9 + (True,)
 """Whether the machine is reset, and the guest taken while it boots."""
 
+SIMPLER: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]] = {
+    "devices": (
+        {"disk": "none", "net": False, "vnc": False, "balloon": False},
+        {},
+        {"balloon_mib": 0},
+    ),
+    "reset": ({}, {}, {"reset": False}),
+    "vcpus": ({"vcpus": 1}, {"threads": 1}, {}),
+    "workload": ({}, {"kind": "random", "time_writes": False, "rate_ops_per_s": 0}, {}),
+    "page-size": ({}, {"page_kib": PAGE_KIB[0]}, {}),
+    "ram-kind": ({"ram_kind": "anon"}, {}, {}),
+    "thp": ({"thp": False}, {}, {}),
+    "size": ({"ram_mib": RAM_MIB[0]}, {"wss_mib": 16}, {}),
+    "engine-sizes": ({}, {}, {"buffer_mib": max(BUFFER_MIB)}),
+    "fault-log": ({}, {}, {"log_faults": False}),
+    "channels": ({}, {}, {"channels": 1}),
+}
+"""What replaces what was drawn for the machine, the workload, and each snapshot."""
+
 # The guest refuses a working set that leaves it less; more than a `Scenario` asks for, because
 # every vCPU and every page of the working set takes some for itself.
 _GUEST_RESERVE_MIB = RAM_RESERVE_MIB["linux"] + 16
@@ -128,8 +150,19 @@ class Choice:
     """Not drawn, like the next: a guest under KVM is not everywhere, and another one is another
     test."""
     accel: Accel = "tcg"
+    only_shot: int = 0
+    """Of a guest's snapshots take the one of this number, from 1, and no other; 0 takes all."""
+    simplify: tuple[str, ...] = ()
+    """Names out of `SIMPLER`."""
 
     def __post_init__(self) -> None:
+        for name in self.simplify:
+            if name not in SIMPLER:
+                raise UsageError(
+                    f"nothing to simplify is called {name!r}", f"choose from: {', '.join(SIMPLER)}"
+                )
+        if self.only_shot < 0:
+            raise UsageError(f"a snapshot of number {self.only_shot}", "count from 1")
         if self.guest not in typing.get_args(GuestKind) or self.accel not in ("tcg", "kvm"):
             raise UsageError(
                 f"a guest {self.guest!r} under {self.accel!r}",
@@ -227,6 +260,16 @@ def draw(seed: int, choice: Choice | None = None, offer: Offer | None = None) ->
         }
         for index in range(draft.draw("shots", SHOTS))
     ]
+    if choice.only_shot:
+        if choice.only_shot > len(shots):
+            raise UsageError(
+                f"seed {seed} gives {len(shots)} snapshots, and not one of number "
+                f"{choice.only_shot}",
+                "name a seed and a snapshot that a soak has reported",
+            )
+        shots = [shots[choice.only_shot - 1]]
+    for name in choice.simplify:
+        _simplify(name, machine, workload, sizes, shots)
     _reconcile(machine, workload, variant, sizes, shots, offer)
     return Trial(
         seed=seed,
@@ -235,6 +278,23 @@ def draw(seed: int, choice: Choice | None = None, offer: Offer | None = None) ->
         variant=variant,
         shots=tuple(Shot(**shot) for shot in shots),
     )
+
+
+def _simplify(
+    name: str,
+    machine: dict[str, Any],
+    workload: dict[str, Any],
+    sizes: dict[str, int],
+    shots: list[dict[str, Any]],
+) -> None:
+    """Replace what was drawn by what is simpler, in place, where it was drawn at all."""
+    for_machine, for_workload, for_shots = SIMPLER[name]
+    machine |= for_machine
+    workload |= {field: value for field, value in for_workload.items() if field in workload}
+    for shot in shots:
+        shot |= for_shots
+    if name == "engine-sizes":
+        sizes |= {"fault_around_pages": 0, "chunk_kib": DEFAULT_CHUNK_KIB}
 
 
 def _reconcile(

@@ -85,6 +85,8 @@ async def soak(
     folder: Path,
     on_start: Callable[[int, Trial, int], None],
     on_result: Callable[[Result], None],
+    number: int = 1,
+    last_seed: int | None = None,
 ) -> None:
     """Take random snapshots, verify each, and hand over its result at once.
 
@@ -92,15 +94,18 @@ async def soak(
     place in that, from 1; or of a guest that did not boot, of which no snapshot was begun.
 
     :param seed: of the first trial; the next has the next.
-    :param iterations: how many snapshots; without it and `minutes` there is no end.
+    :param number: of the first snapshot: a soak that goes on has taken those before.
+    :param last_seed: no trial after that of this seed.
+    :param iterations: the last snapshot's number; without it and `minutes` there is no end.
     :param minutes: after so long no snapshot is begun.
     :param folder: for images and dumps; nothing is left in it.
     :raise HostError: when the host lacks something, so that the next trial would fail as well.
     """
     loop = asyncio.get_running_loop()
     end_s = None if minutes is None else loop.time() + 60 * minutes
-    number = 1
     for trial_seed in itertools.count(seed):
+        if last_seed is not None and trial_seed > last_seed:
+            return
         trial = draw(trial_seed, choice, offer)
         try:
             async with contextlib.AsyncExitStack() as stack:

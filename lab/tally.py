@@ -15,7 +15,7 @@ import msgspec
 
 from lab import __version__
 from lab.draw import Choice, Offer
-from lab.errors import RunError
+from lab.errors import LabError, RunError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +24,8 @@ FORMAT = "lab.soak/1"
 
 Outcome = Literal["equal", "differs", "failed", "no-guest"]
 """`no-guest` is not a snapshot's: the guest was silent at boot, and was booted once more."""
+GOOD: tuple[Outcome, ...] = ("equal", "no-guest")
+"""What no snapshot did wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +57,13 @@ class Result:
 
     def reproduce(self, choice: Choice) -> str:
         """Return the command that does this iteration again, and the trial's before it."""
-        command = ["lab", "soak", "--seed", str(self.seed), "--iterations", str(self.shot)]
-        return shlex.join([*command, *choice_arguments(choice)])
+        return reproduce_command(choice, self.seed, self.shot)
+
+
+def reproduce_command(choice: Choice, seed: int, iterations: int) -> str:
+    """Return the command that takes the first snapshots of the guest of a seed."""
+    command = ["lab", "soak", "--seed", str(seed), "--iterations", str(iterations)]
+    return shlex.join([*command, *choice_arguments(choice)])
 
 
 def choice_arguments(choice: Choice) -> list[str]:
@@ -70,7 +77,9 @@ def choice_arguments(choice: Choice) -> list[str]:
         flags.append(f"--guest={choice.guest}")
     if choice.accel != Choice().accel:
         flags.append(f"--accel={choice.accel}")
-    return flags
+    if choice.only_shot:
+        flags.append(f"--only-shot={choice.only_shot}")
+    return flags + [f"--simplify={name}" for name in choice.simplify]
 
 
 def header_line(seed: int, choice: Choice, offer: Offer, ground: Mapping[str, Any]) -> str:
@@ -108,6 +117,48 @@ def read_record(path: Path) -> list[Result]:
 
     :raise RunError: when the file can not be read, or is of another version.
     """
+    return _read(path)[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reopened:
+    """What a soak drew from and has found, and the seed of the guest to go on with.
+
+    That is the one after the last that has a result: what else was to be taken of that one, which
+    ended with the soak, is not taken.
+    """
+
+    choice: Choice
+    results: list[Result]
+    next_seed: int
+
+
+def reopen_record(path: Path) -> Reopened:
+    """Read a record for its soak to go on.
+
+    A last line that was not written to its end, as when the machine went down, is removed.
+
+    :raise RunError: when the file can not be read, or is of another version.
+    """
+    try:
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+    except OSError as error:
+        raise RunError(f"{path} is not a soak's record: {error}", "name a whole one") from error
+    first, results = _read(path)
+    try:
+        choice, seed = msgspec.convert(first["choice"], Choice), int(first["seed"])
+    except (KeyError, TypeError, ValueError, LabError) as error:
+        raise RunError(f"{path} does not say what it drew from: {error}") from error
+    return Reopened(
+        choice=choice, results=results, next_seed=results[-1].seed + 1 if results else seed
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Result]]:
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         formats = {line["format"] for line in lines if line["record"] == "soak"}
@@ -116,11 +167,14 @@ def read_record(path: Path) -> list[Result]:
                 f"{path.name} has format {', '.join(sorted(formats))} and this lab reads {FORMAT}",
                 "use the version of the lab that wrote it",
             )
-        return [
+        # A soak that went on has a head for each time.
+        first: dict[str, Any] = next(line for line in lines if line["record"] == "soak")
+        results = [
             msgspec.convert({k: v for k, v in line.items() if k != "record"}, Result)
             for line in lines
             if line["record"] == "iteration"
         ]
+        return first, results
     except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError) as error:
         raise RunError(f"{path} is not a soak's record: {error}", "name a whole one") from error
 

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MINUTES = 5.0
 MAX_SEED = 1_000_000_000
-#: What no snapshot did wrong: one of a guest that did not boot was not taken.
-GOOD = ("equal", "no-guest")
+DEFAULT_ATTEMPTS = 3
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -33,6 +32,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "every byte of RAM. What differs or fails is listed with the command that does it again. "
         "Exit status 1 when anything did. A guest that is silent at boot is listed and booted "
         "once more, and fails when it is silent again.",
+        epilog="The same seed gives the same guest and snapshots. What a soak found can be made "
+        "simpler with --shrink, and a soak that was interrupted goes on with --resume.",
     )
     parser.add_argument(
         "--minutes",
@@ -74,47 +75,124 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the record (default: a new one in the cache)"
     )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="go on after the last guest of a record, with what that soak drew from; "
+        "--iterations counts those of the record, too",
+    )
+    parser.add_argument(
+        "--shrink",
+        action="store_true",
+        help="take the guest of --seed and as many snapshots as --iterations says, which is what "
+        "a finding names, and make them simpler one by one as long as one of them fails",
+    )
+    parser.add_argument(
+        "--attempts",
+        type=int,
+        default=DEFAULT_ATTEMPTS,
+        metavar="N",
+        help=f"with --shrink: how often to try each (default {DEFAULT_ATTEMPTS})",
+    )
+    parser.add_argument(
+        "--only-shot",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of each guest's snapshots take only this one, from 1; --shrink says so",
+    )
+    parser.add_argument(
+        "--simplify",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="repeatable; something that is not drawn, but simple; --shrink says what",
+    )
     parser.add_argument("--json", action="store_true", help="the record on stdout as well")
     parser.set_defaults(handler=_soak)
 
 
 async def _soak(args: argparse.Namespace) -> int:
-    from lab.accelerator import settled
-    from lab.cache import cache_dir
-    from lab.draw import Choice
-    from lab.host import HostInfo
-    from lab.qemu.build import VARIANTS, find_qemu
-    from lab.soak import soak, survey
-    from lab.tally import header_line, result_line, summary_line
-    from lab.workdir import private_folder
+    _check_arguments(args)
+    return await (_shrink(args) if args.shrink else _go(args))
 
-    for name, value in (("--minutes", args.minutes), ("--iterations", args.iterations)):
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    numbers = {
+        "--minutes": args.minutes,
+        "--iterations": args.iterations,
+        "--attempts": args.attempts,
+    }
+    for name, value in numbers.items():
         if value is not None and value <= 0:
             raise UsageError(f"{name} {value}", "give a number above 0")
-    chosen = await settled(Machine(guest=args.guest, accel=args.accel))
+    if args.shrink and (args.seed is None or args.iterations is None):
+        raise UsageError(
+            "--shrink needs --seed and --iterations", "name what a soak has found, as it says it"
+        )
+    drawn = (args.methods, args.ram_kinds, args.out, args.only_shot, args.simplify)
+    if args.resume and (args.shrink or args.seed is not None or any(drawn)):
+        raise UsageError(
+            "--resume goes on as the record says",
+            "leave out what is drawn, and from where, and where it is recorded",
+        )
+
+
+async def _chosen(args: argparse.Namespace) -> "tuple[Choice, str]":
+    """Return what to draw from, and why the accelerator is not the one that was asked for."""
+    from lab.accelerator import settled
+    from lab.draw import Choice
+
+    found = await settled(Machine(guest=args.guest, accel=args.accel))
     choice = Choice(
         methods=tuple(dict.fromkeys(args.methods or Choice().methods)),
         ram_kinds=tuple(dict.fromkeys(args.ram_kinds or Choice().ram_kinds)),
         guest=args.guest,
-        accel=chosen.machine.accel,
+        accel=found.machine.accel,
+        only_shot=args.only_shot,
+        simplify=tuple(dict.fromkeys(args.simplify)),
     )
-    seed = random.randrange(MAX_SEED) if args.seed is None else args.seed
+    return choice, found.fallback
+
+
+async def _go(args: argparse.Namespace) -> int:
+    from lab.cache import cache_dir
+    from lab.host import HostInfo
+    from lab.qemu.build import VARIANTS, find_qemu
+    from lab.soak import soak, survey
+    from lab.tally import GOOD, header_line, reopen_record, result_line, summary_line
+    from lab.workdir import private_folder
+
+    results: list[Result] = []
+    if args.resume is not None:
+        reopened = reopen_record(args.resume)
+        choice, fallback, seed = reopened.choice, "", reopened.next_seed
+        results += reopened.results
+        out, mode = args.resume, "a"
+    else:
+        choice, fallback = await _chosen(args)
+        seed = random.randrange(MAX_SEED) if args.seed is None else args.seed
+        out, mode = args.out or _default_record(cache_dir()), "x"
+    number = max((result.iteration for result in results), default=0) + 1
+    if args.iterations is not None and number > args.iterations:
+        raise UsageError(
+            f"{out.name} has {number - 1} iterations already", "ask for more --iterations"
+        )
     minutes = args.minutes
     if minutes is None and args.iterations is None:
         minutes = DEFAULT_MINUTES
     ground = {
         "host": HostInfo.collect(),
-        "accel_fallback": chosen.fallback,
+        "accel_fallback": fallback,
         "qemu": {
             name: f"{binary.version} ({binary.build_id})"
             for name in VARIANTS
             for binary in (find_qemu(name),)
         },
     }
-    out = args.out or _default_record(cache_dir())
-    results: list[Result] = []
     with ExitStack() as stack:
-        record = stack.enter_context(out.open("x", encoding="utf-8"))
+        record = stack.enter_context(out.open(mode, encoding="utf-8"))
         folder = stack.enter_context(private_folder("soak-", cache_dir()))
         line = stack.enter_context(ProgressLine())
 
@@ -152,6 +230,7 @@ async def _soak(args: argparse.Namespace) -> int:
                 folder=folder,
                 on_start=on_start,
                 on_result=on_result,
+                number=number,
             )
         finally:
             # Interrupted, too: what was verified until then counts.
@@ -160,6 +239,47 @@ async def _soak(args: argparse.Namespace) -> int:
             _print_findings(results, choice, as_json=args.json)
             print(f"record: {out}", file=sys.stderr)
     return 0 if all(result.outcome in GOOD for result in results) else 1
+
+
+async def _shrink(args: argparse.Namespace) -> int:
+    from lab.cache import cache_dir
+    from lab.draw import draw
+    from lab.shrink import fails_in, shrink
+    from lab.soak import survey
+    from lab.tally import reproduce_command
+    from lab.workdir import private_folder
+
+    choice, _ = await _chosen(args)
+    seed, shot = args.seed, args.iterations
+    with private_folder("soak-", cache_dir()) as folder, ProgressLine() as line:
+        offer = survey(folder, choice)
+        seen: list[Result] = []
+
+        async def fails(simpler: "Choice") -> bool:
+            simplified = ", ".join(simpler.simplify) or "nothing"
+            line(f"seed {seed}, snapshot {shot}, simplified: {simplified}")
+            found = await fails_in(
+                simpler,
+                seed=seed,
+                shot=shot,
+                offer=offer,
+                attempts=args.attempts,
+                folder=folder,
+            )
+            if found is not None:
+                seen.append(found)
+            return found is not None
+
+        shrunk = await shrink(choice, seed, shot, offer, fails)
+    if shrunk is None:
+        print(f"seed {seed} did not fail in {args.attempts} attempts")
+        return 0
+    trial = draw(seed, shrunk, offer)
+    last = trial.shots[-1 if shrunk.only_shot else shot - 1]
+    print(f"{seen[-1].outcome}: {seen[-1].detail}")
+    print(f"  {trial.machine}\n  {trial.workload}\n  {last}")
+    print(f"  again: {reproduce_command(shrunk, seed, 1 if shrunk.only_shot else shot)}")
+    return 1
 
 
 def _default_record(cache: Path) -> Path:

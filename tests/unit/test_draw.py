@@ -17,6 +17,7 @@ from lab.draw import (
     MACHINE,
     MICRO,
     SHOTS,
+    SIMPLER,
     WORKLOAD,
     Choice,
     Offer,
@@ -114,6 +115,36 @@ def test_the_same_seed_gives_the_same_trial(seed: int, choice: Choice, offer: Of
     assert draw(seed, choice, offer) == draw(seed, choice, offer)
 
 
+@given(seeds, offers, st.lists(st.sampled_from(sorted(SIMPLER)), unique=True), st.data())
+def test_what_is_simplified_is_simple_and_the_rest_goes_together(
+    seed: int, offer: Offer, names: list[str], data: st.DataObject
+) -> None:
+    shots = len(draw(seed, offer=offer).shots)
+    only = data.draw(st.integers(0, shots))
+    trial = draw(seed, Choice(simplify=tuple(names), only_shot=only), offer)
+    assert len(trial.shots) == (1 if only else shots)
+    for name in names:
+        for_machine, for_workload, for_shots = SIMPLER[name]
+        for field, value in for_machine.items():
+            assert getattr(trial.machine, field) == value, field
+        for field, value in for_workload.items():
+            # What only the microguest has is not drawn for this one.
+            assert field in MICRO or getattr(trial.workload, field) == value, field
+        for shot in trial.shots:
+            for field, value in for_shots.items():
+                assert getattr(shot, field) == value or field == "buffer_mib", field
+    for shot in trial.shots:
+        Scenario(machine=trial.machine, workload=trial.workload, method=shot.method)
+
+
+def test_one_snapshot_of_a_guest_is_the_one_that_was_drawn() -> None:
+    whole = next(trial for trial in many() if len(trial.shots) == 3)
+    alone = draw(whole.seed, Choice(only_shot=2))
+    assert alone == dataclasses.replace(whole, shots=whole.shots[1:2])
+    with pytest.raises(UsageError, match="gives 3 snapshots"):
+        draw(whole.seed, Choice(only_shot=4))
+
+
 def test_seeds_give_the_same_everywhere_and_for_ever() -> None:
     """What was recorded with a seed has to be what the seed gives later."""
     trial = draw(1)
@@ -181,7 +212,14 @@ def test_what_a_host_lacks_is_replaced_by_what_it_has() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"methods": ("magic",)}, {"ram_kinds": ("silk",)}, {"methods": ()}, {"guest": "bsd"}],
+    [
+        {"methods": ("magic",)},
+        {"ram_kinds": ("silk",)},
+        {"methods": ()},
+        {"guest": "bsd"},
+        {"simplify": ("all",)},
+        {"only_shot": -1},
+    ],
 )
 def test_names_that_there_are_not_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError) as caught:

@@ -18,6 +18,7 @@ from lab.tally import (
     findings,
     header_line,
     read_record,
+    reopen_record,
     result_line,
     summarise,
     summary_line,
@@ -109,6 +110,32 @@ def test_what_is_no_record_of_this_version_is_refused(tmp_path: Path, old: str, 
         read_record(tmp_path / "missing")
 
 
+def test_a_soak_goes_on_with_the_guest_after_the_last_and_what_it_drew_from(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.jsonl"
+    choice = Choice(methods=("live",), simplify=("vcpus",))
+    path.write_text(header_line(7, choice, Offer(), {}) + "\n")
+    empty = reopen_record(path)
+    assert (empty.choice, empty.results, empty.next_seed) == (choice, [], 7)
+    torn = result_line(DIFFERS)[:-7]
+    path.write_text(f"{path.read_text()}{result_line(EQUAL)}\n{torn}")
+    again = reopen_record(path)
+    assert (again.choice, again.results, again.next_seed) == (choice, [EQUAL], 8)
+    # What was not written to its end is gone, so that the next line begins a line.
+    with path.open("a") as file:
+        print(header_line(8, choice, Offer(), {}), result_line(DIFFERS), sep="\n", file=file)
+    assert read_record(path) == [EQUAL, DIFFERS]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\n", b"{}\n", b"[1]\n", b'{"record":"soak"}\n'])
+def test_what_is_no_record_can_not_be_gone_on_with(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(RunError):
+        reopen_record(path)
+
+
 def test_results_add_up() -> None:
     total = summarise(ALL)
     assert (total["iterations"], total["trials"], total["seeds"]) == (3, 3, "7-9")
@@ -140,7 +167,12 @@ def test_the_table_counts_by_kind_and_by_vcpus() -> None:
 
 
 @pytest.mark.parametrize(
-    "choice", [Choice(), Choice(methods=("live", "live-rfc"), ram_kinds=("hugetlb",))]
+    "choice",
+    [
+        Choice(),
+        Choice(methods=("live", "live-rfc"), ram_kinds=("hugetlb",)),
+        Choice(guest="micro", accel="kvm", only_shot=1, simplify=("vcpus", "ram-kind")),
+    ],
 )
 def test_the_command_that_does_it_again_draws_the_same(choice: Choice) -> None:
     command = shlex.split(DIFFERS.reproduce(choice))
@@ -150,6 +182,10 @@ def test_the_command_that_does_it_again_draws_the_same(choice: Choice) -> None:
     again = Choice(
         methods=tuple(args.methods or Choice().methods),
         ram_kinds=tuple(args.ram_kinds or Choice().ram_kinds),
+        guest=args.guest,
+        accel=args.accel,
+        only_shot=args.only_shot,
+        simplify=tuple(args.simplify),
     )
     assert draw(args.seed, again) == draw(9, choice)
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -68,6 +69,46 @@ def test_one_wrong_byte_fails_the_soak_which_says_how_to_see_it_again(
     assert [(result.seed, result.shot) for result in results] == [(2, 1), (3, 1)]
     said = capsys.readouterr().err
     assert "again: lab soak --seed 3 --iterations 1 --method=live --ram-kind=anon" in said
+
+
+@pytest.mark.usefixtures("damage_images")
+def test_what_fails_is_made_simpler_and_the_command_for_it_fails_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    choice = ["--method=live", "--guest=micro"]
+    arguments = ["--shrink", "--attempts=1", f"--seed={SEED}", "--iterations=2", *choice]
+    assert command_line.main(["soak", *arguments]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("differs: ")
+    assert "ram_kind='anon'" in said
+    assert "vcpus=1" in said
+    again = shlex.split(said.split("again: lab ")[1])
+    assert "--simplify=vcpus" in again
+    assert command_line.main(again) == 1
+
+
+def test_what_does_not_fail_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--shrink", "--attempts=2", "--seed=3", "--iterations=1", "--guest=micro"]
+    assert command_line.main(["soak", *arguments]) == 0
+    assert "did not fail in 2 attempts" in capsys.readouterr().out
+
+
+def test_a_soak_that_ended_goes_on_in_its_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "record.jsonl"
+    arguments = ["--seed=5", "--iterations=3", "--method=live", "--guest=micro"]
+    assert command_line.main(["soak", *arguments, f"--out={out}"]) == 0
+    before = read_record(out)
+    assert command_line.main(["soak", f"--resume={out}", "--iterations=3"]) == 2
+    assert "has 3 iterations already" in capsys.readouterr().err
+    assert command_line.main(["soak", f"--resume={out}", "--iterations=6"]) == 0
+    results = read_record(out)
+    assert results[:3] == before
+    assert [result.iteration for result in results] == [1, 2, 3, 4, 5, 6]
+    assert results[3].seed == before[-1].seed + 1
+    assert {(result.method, result.machine["guest"]) for result in results} == {("live", "micro")}
+    assert "6 snapshots" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
