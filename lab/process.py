@@ -77,12 +77,17 @@ class Process:
         except FileNotFoundError:
             return ""
 
+    def messages(self, since: int = 0) -> list[str]:
+        """Return the lines that QEMU wrote after the first `since` characters."""
+        # It begins its messages with its own path, which helps nobody.
+        own = f"{Path(self.command[0]).name}: "
+        lines = self.log_text()[since:].splitlines()
+        return [line.strip().split(own, 1)[-1] for line in lines if line.strip()]
+
     def died(self, doing: str) -> LaunchError:
         """Return the error for a QEMU that went away while `doing` something."""
         tail = self.log_text().splitlines()[-LOG_TAIL_LINES:]
-        said = next((line.strip() for line in reversed(tail) if line.strip()), "")
-        # QEMU begins its messages with its own path, which helps nobody.
-        said = said.split(f"{Path(self.command[0]).name}: ", 1)[-1]
+        said = next(reversed(self.messages()), "")
         return LaunchError(
             f"QEMU {_how_it_ended(self.exit_code)} while {doing}" + (f": {said}" if said else ""),
             "see the error's log_tail and command, or `lab -v`",

@@ -26,6 +26,7 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -70,6 +71,9 @@ many times as long as writing the guest's RAM once: 82 s for 1 GiB at 100 MiB/s.
 
 IMAGE_DESCRIPTOR = "lab-image"
 """What QEMU calls the socket that it writes an image to, where it is not given a file."""
+
+PARTIAL = ".partial"
+"""What ends the names of an image and a sidecar that are not complete."""
 
 SIZE_POLL_S = 0.1
 ABORT_TIMEOUT_S = 30.0
@@ -514,8 +518,7 @@ class _Attempt:
         said = reply.get("error-desc")
         if said:
             return str(said)
-        lines = [line for line in self.vm.process.log_text().splitlines() if line.strip()]
-        return lines[-1].split("qemu-system-x86_64: ", 1)[-1] if lines else "QEMU gives no reason"
+        return next(reversed(self.vm.process.messages()), "QEMU gives no reason")
 
     async def _continue(self) -> None:
         """Let the vCPUs go on after an ordinary migration, as soon as QEMU allows it.
@@ -663,6 +666,42 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
 
 # Files
 
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def _check_path(image: Path) -> None:
+    """Refuse a path that an image can not have, before anything is created or replaced.
+
+    A complete image takes the place of what has its name, which must not be a device.  Of a link
+    to a file only the link is replaced.
+
+    :raise SnapshotError: naming what is in the way.
+    """
+    beside = sidecar_path(image)
+    try:
+        if "\0" in image.name:
+            raise ValueError("a null byte is in its name")
+        try:
+            os.fspath(image).encode()
+        except UnicodeEncodeError:
+            raise ValueError("its path is not UTF-8, in which QEMU is told of it") from None
+        for path in (image, beside):
+            kind = stat.S_IFMT(path.stat().st_mode) if path.exists() else stat.S_IFREG
+            if kind != stat.S_IFREG:
+                raise SnapshotError(f"{path} is {_KINDS.get(kind, 'no file')}", "name a file")
+        longest = len(os.fsencode(beside.name + PARTIAL))
+        if longest > os.pathconf(image.parent, "PC_NAME_MAX"):
+            raise SnapshotError(f"the name {image.name} is too long", "choose a shorter one")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SnapshotError(f"{image} can not be created: {reason}", "choose another") from error
+
 
 @contextlib.contextmanager
 def _partial_image(image: Path) -> Iterator[Path]:
@@ -670,9 +709,8 @@ def _partial_image(image: Path) -> Iterator[Path]:
 
     :raise SnapshotError: when it can not be created, or another snapshot writes it.
     """
-    if image.is_dir():
-        raise SnapshotError(f"{image} is a directory", "name a file")
-    partial = image.with_name(image.name + ".partial")
+    _check_path(image)
+    partial = image.with_name(image.name + PARTIAL)
     try:
         descriptor = os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -756,7 +794,7 @@ def _publish(
         kernel_sha256=vm.guest.kernel_sha256,
     )
     beside = sidecar_path(image)
-    new = beside.with_name(beside.name + ".partial")
+    new = beside.with_name(beside.name + PARTIAL)
     try:
         descriptor = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "w") as file:

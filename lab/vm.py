@@ -479,7 +479,7 @@ def vcpu_places(registers: str) -> str:
 
 
 _RAM_BLOCK = re.compile(
-    r"^\s*(?P<name>\S.*?)\s+(?P<page>\d+) (?P<unit>[KMG]iB)"
+    r"^\s*(?P<name>(?:\S.*?)?)\s+(?P<page>\d+) (?P<unit>[KMG]iB)"
     r"\s+0x[0-9a-f]+\s+0x(?P<used>[0-9a-f]+)\s+0x(?P<total>[0-9a-f]+)"
     r"\s+0x(?P<host>[0-9a-f]+)\s+(?P<access>ro|rw)\s*$"
 )
@@ -488,6 +488,8 @@ _UNIT_BYTES = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 def parse_ram_blocks(text: str) -> list[RamBlock]:
     """Read the table that HMP's `info ramblock` prints.
+
+    A block without a name is of no device yet, and in no image: it is left out.
 
     :raise QmpError: when a line after the heading is no RAM block.
     """
@@ -498,6 +500,8 @@ def parse_ram_blocks(text: str) -> list[RamBlock]:
         match = _RAM_BLOCK.match(line)
         if match is None:
             raise QmpError(f"not a RAM block: {line.strip()!r}")
+        if not match["name"]:
+            continue
         blocks.append(
             RamBlock(
                 name=match["name"],
@@ -667,7 +671,7 @@ async def restore(
         vm = await launched.__aenter__()
     except LaunchError as error:
         raise RestoreError(
-            f"no QEMU for {image.name}: {error.cause}",
+            f"no QEMU for {image.name}, a {sidecar.machine_type}: {error.cause}",
             "restore with the QEMU version that took the snapshot",
         ) from error
     async with contextlib.AsyncExitStack() as stack:
@@ -693,6 +697,7 @@ async def _load(vm: VM, image: Path, sidecar: Sidecar, *, mapped: bool, channels
     since = len(vm.qmp.events)
     timeout_s = COMMAND_TIMEOUT_S + sidecar.image_bytes / RESTORE_BYTES_PER_S
     needed = {"events": True, MAPPED_RAM: mapped, "multifd": channels > 1}
+    log_chars = len(vm.process.log_text())
     try:
         await vm.execute(
             "migrate-set-capabilities",
@@ -710,6 +715,9 @@ async def _load(vm: VM, image: Path, sidecar: Sidecar, *, mapped: bool, channels
         if event.data["status"] == "completed":
             return
         why = (await vm.execute("query-migrate")).get("error-desc", "QEMU gives no reason")
+        # What was wrong with the image, of which the reason says only where it is.
+        if said := vm.process.messages(log_chars):
+            why = f"{said[0]} ({why})"
     except LaunchError as error:
         why = error.cause
     except QmpError as error:
@@ -738,6 +746,12 @@ def file_channel(path: Path) -> list[dict[str, object]]:
     """Return the QMP form of a migration to or from a file.
 
     Not the `file:` URI, which would read a comma in the path as the start of an option.
+
+    :raise UsageError: when the path is not UTF-8, as all that QEMU's monitor is told has to be.
     """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the path {path!r} is not UTF-8", "rename it") from error
     address = {"transport": "file", "filename": str(path), "offset": 0}
     return [{"channel-type": "main", "addr": address}]

@@ -75,6 +75,7 @@ FLAGS = (
     "--enable-pixman",
     "--enable-linux-aio",
     "--enable-zstd",
+    "--enable-seccomp",
     "--enable-trace-backends=log,simple",
     "--enable-tools",
     "--disable-docs",

@@ -39,6 +39,7 @@ def outputs_of(path: Path) -> list[Cell]:
 
 
 @each
+@pytest.mark.thorough
 @pytest.mark.notebook
 async def test_it_runs_from_any_run_set_without_qemu(
     path: Path, make_synthetic_set: MakeSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -64,6 +65,7 @@ async def test_it_runs_from_any_run_set_without_qemu(
 
 
 @each
+@pytest.mark.thorough
 @pytest.mark.notebook
 async def test_it_runs_from_a_set_without_fault_logs(
     path: Path, make_synthetic_set: MakeSet, tmp_path: Path

@@ -87,6 +87,11 @@ def test_a_line_that_is_no_ram_block_is_an_error() -> None:
         parse_ram_blocks("heading\nunknown command: 'info ramblock'\n")
 
 
+def test_a_ram_block_that_belongs_to_no_device_yet_is_left_out() -> None:
+    row = "4 KiB 0x000000000c300000 0x0000000001000000 0x0000000001000000 0x00007f07b8c00000 rw"
+    assert parse_ram_blocks(f"heading\n              {row}\n") == []
+
+
 def test_the_monitors_registers_are_condensed_to_where_each_vcpu_is() -> None:
     text = (
         "\r\nCPU#0\r\nRAX=0 RBX=1\r\nRIP=ffffffff81a3c0de RFL=00000246 [---Z-P-] CPL=0 II=0 A20=1"

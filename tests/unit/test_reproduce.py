@@ -17,6 +17,7 @@ from lab.scenario import METHODS, Machine, from_json, to_json
 MakeSet = Callable[..., run.RunSet]
 
 
+@pytest.mark.thorough
 @pytest.mark.notebook
 async def test_report_notebooks_and_figures_are_made_from_the_set(
     make_synthetic_set: MakeSet, capsys: pytest.CaptureFixture[str]
@@ -32,6 +33,7 @@ async def test_report_notebooks_and_figures_are_made_from_the_set(
     assert len(run.load_set(made.path)) == len(made)
 
 
+@pytest.mark.thorough
 @pytest.mark.notebook
 async def test_a_page_shows_every_figure_beside_the_recorded_one(
     make_synthetic_set: MakeSet,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lab
-from lab.errors import LabError
+from lab.errors import LabError, RestoreError
 from lab.qmp import COMMAND_TIMEOUT_S
 from lab.scenario import METHODS
 from lab.vm import VM, file_channel
@@ -187,6 +187,19 @@ async def is_left_alone(vm: VM) -> None:
     await works_on(vm)
     assert userfaults(vm) == 0
     assert protected_mappings(vm) == 0
+
+
+async def refusal(image: Path) -> str:
+    """Assert that an image is not restored; return the line that says why."""
+    try:
+        async with lab.restore(image, paused=True):
+            pass
+    except RestoreError as error:
+        line = str(error)
+    else:
+        raise AssertionError(f"{image} was restored")
+    assert "\n" not in line
+    return line
 
 
 def waiting_writers(vm: VM) -> int:

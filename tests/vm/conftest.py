@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import lab
 from lab.accelerator import Settled, kvm_guest_problem
 from lab.host import huge_pages
+from lab.probe import KVM_DEVICE
 from lab.scenario import HUGE_PAGE_MIB, Accel, GuestKind, Machine
 from lab.vm import VM
 
@@ -26,10 +28,22 @@ PLATFORMS: dict[str, tuple[GuestKind, Accel]] = {
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test of guests on each platform that its marker names, by default on Linux under
     either accelerator.
+
+    Where a test has the microguest, which boots in a moment, Linux is left to `make test-all`.
     """
     marker = metafunc.definition.get_closest_marker("platforms")
     names = marker.args if marker else ("tcg", "kvm")
-    metafunc.parametrize("platform", names, indirect=True, scope="module")
+    quick = [name for name in names if _is_quick(name)]
+    platforms = [
+        pytest.param(name, marks=() if name in quick or not quick else pytest.mark.thorough)
+        for name in names
+    ]
+    metafunc.parametrize("platform", platforms, indirect=True, scope="module")
+
+
+def _is_quick(name: str) -> bool:
+    guest, accel = PLATFORMS[name]
+    return guest == "micro" and (accel == "tcg" or os.access(KVM_DEVICE, os.R_OK | os.W_OK))
 
 
 @pytest.fixture(scope="module", autouse=True)

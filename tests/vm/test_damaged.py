@@ -22,6 +22,7 @@ import pytest_asyncio
 import lab
 from lab.errors import RestoreError
 from lab.sidecar import Sidecar, read_sidecar, sidecar_path
+from tests.vm.bench import refusal
 
 pytestmark = [
     pytest.mark.vm,
@@ -87,15 +88,6 @@ def leave_to_qemu(image: Path, sidecar: Sidecar) -> None:
     """Have the sidecar say what the image is now, so that nobody but QEMU looks at it."""
     changed = dataclasses.replace(sidecar, checksums=None, image_bytes=image.stat().st_size)
     sidecar_path(image).write_text(changed.to_text())
-
-
-async def refusal(image: Path) -> str:
-    with pytest.raises(RestoreError) as caught:
-        async with lab.restore(image, paused=True):
-            pass
-    line = str(caught.value)
-    assert "\n" not in line
-    return line
 
 
 def regions(taken: Taken) -> dict[str, int]:

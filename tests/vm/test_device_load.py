@@ -25,7 +25,7 @@ from lab.scenario import DiskAio, DiskCache, DiskKind
 from lab.sidecar import read_sidecar
 from lab.vm import VM
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.thorough]
 log = logging.getLogger(__name__)
 
 BOUND_S = 120

@@ -27,7 +27,12 @@ from lab.guest.protocol import (
 )
 from lab.qemu.build import find_qemu
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300), pytest.mark.platforms("tcg")]
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.thorough,
+    pytest.mark.timeout(300),
+    pytest.mark.platforms("tcg"),
+]
 
 RAM_MIB = 256
 

@@ -14,7 +14,11 @@ from lab.sample import take_sample
 from lab.scenario import Instruments, Scenario, to_json
 from lab.tables import COLUMNS
 
-pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg", "kvm", "micro-kvm")]
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.thorough,
+    pytest.mark.platforms("tcg", "kvm", "micro-kvm"),
+]
 
 MACHINE = lab.Machine(ram_mib=256, vcpus=2)
 WORKLOAD = lab.Workload("random", wss_mib=64, threads=2)

@@ -15,7 +15,7 @@ from lab.qemu.build import find_qemu
 from lab.scenario import MAPPED_RAM, METHODS, Variant
 from lab.vm import VM
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.thorough]
 
 MACHINE = lab.Machine(ram_mib=256)
 WORKLOAD = lab.Workload("random", wss_mib=48)

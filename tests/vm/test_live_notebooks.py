@@ -9,7 +9,12 @@ import pytest
 from lab import measure, notebooks, run
 from lab.accelerator import accelerator_problem
 
-pytestmark = [pytest.mark.vm, pytest.mark.notebook, pytest.mark.platforms("tcg")]
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.notebook,
+    pytest.mark.thorough,
+    pytest.mark.platforms("tcg"),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = notebooks.notebook_paths(ROOT / "notebooks")

@@ -36,6 +36,7 @@ def guests_of(pid: int) -> list[psutil.Process]:
     return [p for p in psutil.Process(pid).children(recursive=True) if "qemu" in p.name()]
 
 
+@pytest.mark.thorough
 async def test_every_method_is_measured_verified_and_recorded(tmp_path: Path) -> None:
     plan = Plan(
         methods=tuple(METHODS),

@@ -291,7 +291,8 @@ async def test_a_directory_that_is_not_there_is_refused(vm: VM, tmp_path: Path) 
 async def test_damaged_images_are_refused_in_one_line_and_do_not_hang(tmp_path: Path) -> None:
     image = tmp_path / "a.snap"
     async with lab.boot(*small(), binary="unpatched") as vm:
-        await vm.snapshot(image, "stop-and-copy", progress=False)
+        # What QEMU finds by itself; checksums would find the rest.
+        await vm.snapshot(image, "stop-and-copy", progress=False, checksums=False)
     whole, sidecar = image.read_bytes(), sidecar_path(image).read_text()
     cut = whole[: len(whole) // 2]
     damages = {

@@ -26,6 +26,7 @@ ITERATIONS = 20
 SEED = 20
 
 
+@pytest.mark.thorough
 def test_twenty_random_snapshots_are_equal(
     tmp_path: Path,
     reserve_huge_pages: Callable[[int], str],
@@ -56,6 +57,7 @@ def test_twenty_random_snapshots_are_equal(
     assert f"{ITERATIONS} snapshots" in said.out
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("damage_images")
 def test_one_wrong_byte_fails_the_soak_which_says_how_to_see_it_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -71,6 +73,7 @@ def test_one_wrong_byte_fails_the_soak_which_says_how_to_see_it_again(
     assert "again: lab soak --seed 3 --iterations 1 --method=live --ram-kind=anon" in said
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("damage_images")
 def test_what_fails_is_made_simpler_and_the_command_for_it_fails_too(
     capsys: pytest.CaptureFixture[str],
@@ -111,6 +114,7 @@ def test_a_soak_that_ended_goes_on_in_its_record(
     assert "6 snapshots" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("silent", "outcomes"), [(1, ["no-guest", "equal"]), (2, ["no-guest", "failed"])]
 )
