@@ -10,7 +10,7 @@ What they do not show: whether QEMU wrote the right bytes.  That is what `lab.or
 import asyncio
 import hashlib
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,8 +41,23 @@ async def checksums_of(path: Path, size: int, *, piece_bytes: int = PIECE_BYTES)
 
     :raise OSError: when it can not be read.
     """
-    sums = await _in_pieces(path, size, piece_bytes, _sha256)
-    return Checksums(piece_bytes=piece_bytes, sha256=tuple(sums))
+    limit = asyncio.Semaphore(os.cpu_count() or 1)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+
+        async def piece(start: int) -> str:
+            async with limit:
+                length = min(piece_bytes, size - start)
+                return await _to_its_end(asyncio.to_thread(_sha256, descriptor, start, length))
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(piece(start)) for start in range(0, size, piece_bytes)]
+    except ExceptionGroup as errors:
+        # All threads read the same file: the first says what is wrong with it.
+        raise errors.exceptions[0] from None
+    finally:
+        os.close(descriptor)
+    return Checksums(piece_bytes=piece_bytes, sha256=tuple(task.result() for task in tasks))
 
 
 async def damaged_pieces(path: Path, size: int, expected: Checksums) -> list[int]:
@@ -53,28 +68,6 @@ async def damaged_pieces(path: Path, size: int, expected: Checksums) -> list[int
     found = await checksums_of(path, size, piece_bytes=expected.piece_bytes)
     pairs = zip(found.sha256, expected.sha256, strict=True)
     return [index for index, (is_now, was) in enumerate(pairs) if is_now != was]
-
-
-async def _in_pieces(
-    path: Path, size: int, piece_bytes: int, read: Callable[[int, int, int], str]
-) -> Sequence[str]:
-    limit = asyncio.Semaphore(os.cpu_count() or 1)
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-
-        async def one(start: int) -> str:
-            async with limit:
-                length = min(piece_bytes, size - start)
-                return await _to_its_end(asyncio.to_thread(read, descriptor, start, length))
-
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(start)) for start in range(0, size, piece_bytes)]
-        return [task.result() for task in tasks]
-    except ExceptionGroup as group_error:
-        # One thread's trouble is everyone's: the first says what it was.
-        raise group_error.exceptions[0] from None
-    finally:
-        os.close(descriptor)
 
 
 async def _to_its_end(work: Awaitable[str]) -> str:
