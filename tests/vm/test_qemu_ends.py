@@ -3,9 +3,10 @@ of the same name is as good as before, and nothing else is left.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,38 @@ async def test_qemu_ends_while_it_writes_to_a_file(older: Path, how: str) -> Non
         await until_phase(vm, "setup")
         await end(vm)
         await fails(task, vm, said)
+
+
+#: Where groups of processes are made, and what limits their memory: cgroups of version 2 and 1.
+CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+)
+
+
+@contextlib.contextmanager
+def memory_limited(pid: int, limit_bytes: int) -> Iterator[None]:
+    """Let a process have so much memory besides what it has."""
+    for parent, limit in CGROUPS:
+        group = parent / f"lab-test-{pid}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            if (group / limit).exists():
+                (group / limit).write_text(str(limit_bytes))
+                (group / "cgroup.procs").write_text(str(pid))
+                yield
+                return
+        finally:
+            group.rmdir()
+    pytest.skip("no cgroup can be made here that limits memory")
+
+
+async def test_qemu_may_have_no_more_memory(older: Path) -> None:
+    """The kernel kills it when the engine's buffer is more than its group may have."""
+    async with lab.boot(*small()) as vm:
+        with memory_limited(vm.pid, 4 << 20):
+            task = asyncio.create_task(take(vm, older, "live", progress=False))
+            await fails(task, vm, "was ended by SIGKILL")
