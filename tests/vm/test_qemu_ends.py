@@ -4,6 +4,7 @@ of the same name is as good as before, and nothing else is left.
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -14,6 +15,7 @@ import pytest_asyncio
 
 import lab
 from lab.errors import LaunchError, QmpError
+from lab.guest.protocol import kernel_command_line
 from lab.sidecar import sidecar_path
 from lab.snapshot import Snapshot, take
 from lab.vm import VM
@@ -116,6 +118,25 @@ async def test_qemu_ends_while_it_saves_memory(older: Path, method: str, how: st
         await until_phase(vm, "sweep")
         await end(vm)
         await fails(task, vm, said)
+
+
+@pytest.mark.thorough
+@pytest.mark.platforms("tcg")
+async def test_the_guest_panics_while_its_memory_is_saved(older: Path) -> None:
+    machine, workload = small()
+    # The second of two command lines is the one that QEMU takes.
+    line = kernel_command_line(
+        kind=workload.kind, wss_mib=workload.wss_mib, threads=workload.threads, seed=workload.seed
+    )
+    arguments = ("-append", f"{line} unknown_nmi_panic")
+    async with lab.boot(dataclasses.replace(machine, extra_args=arguments), workload) as vm:
+        task = asyncio.create_task(
+            take(vm, older, "live", progress=False, storage_mib_per_s=SLOW_MIB_PER_S)
+        )
+        await until_phase(vm, "sweep")
+        await vm.execute("inject-nmi")
+        await fails(task, vm, "exited with status 0")
+        assert "Kernel panic" in vm.console.text
 
 
 @pytest.mark.parametrize("how", ["quit", "SIGKILL"])
