@@ -65,6 +65,21 @@ class Rebuilt:
     after_bytes: int
 
 
+def require_rebuild(pid: int) -> None:
+    """See to it that this process may have the kernel rebuild the huge pages of another one.
+
+    :raise HostError: it may not: even for a child that takes CAP_SYS_NICE.
+    """
+    descriptor = os.pidfd_open(pid)
+    try:
+        # Of nothing: only whether it is permitted.
+        code = _collapse(descriptor, 0, 0)
+    finally:
+        os.close(descriptor)
+    if code == errno.EPERM:
+        raise _why_not(code)
+
+
 async def rebuild_huge_pages(vm: "VM") -> Rebuilt:
     """Have the kernel put all RAM of a guest into huge pages; the guest runs on.
 
@@ -121,7 +136,8 @@ def _collapse(descriptor: int, address: int, length: int) -> int:
 
 
 def _why_not(code: int) -> HostError:
-    remedy = "run as root" if code == errno.EPERM else "use Linux 6.1 or later"
+    needed = "run as root, or with CAP_SYS_NICE"
+    remedy = needed if code == errno.EPERM else "use Linux 6.1 or later"
     return HostError(f"huge pages can not be rebuilt: {os.strerror(code)}", remedy)
 
 

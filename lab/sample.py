@@ -23,7 +23,7 @@ import psutil
 
 from lab.errors import LabError
 from lab.host import require_disk
-from lab.hugepages import RATE_WINDOW_NS, rebuild_huge_pages, rebuild_summary
+from lab.hugepages import RATE_WINDOW_NS, rebuild_huge_pages, rebuild_summary, require_rebuild
 from lab.instruments.hostmemory import df_host_memory, memory_summary, read_host_memory
 from lab.instruments.knownfaults import KnownFaults
 from lab.instruments.phases import buffer_summary
@@ -201,6 +201,8 @@ async def take_sample(
     if warm is not None:
         warm.make_room(machine.ram_mib)
     async with boot(machine, workload, binary=scenario.variant) as vm:
+        if scenario.instruments.rebuild_huge_pages:
+            require_rebuild(vm.pid)
         try:
             with WarmMemory() as own:
                 sample = await _timed(vm, scenario, image, warm or own)

@@ -1,6 +1,7 @@
 """Instruments on a real guest: what they find can be true, and each can be left out."""
 
 import dataclasses
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 import lab
 from lab.errors import HostError
-from lab.hugepages import rebuild_huge_pages
+from lab.hugepages import rebuild_huge_pages, require_rebuild
 from lab.sample import take_sample
 from lab.scenario import Instruments, Scenario, to_json
 from lab.tables import COLUMNS
@@ -25,6 +26,18 @@ WORKLOAD = lab.Workload("random", wss_mib=64, threads=2)
 
 # The kernel counts at least once a tick, of which there are 100 a second or more.
 TICK_NS = 10_000_000
+
+
+@pytest.fixture
+def permission_to_rebuild() -> None:
+    """Of who has it not, test_ordinary_user.py shows that it is told so."""
+    with subprocess.Popen(["sleep", "infinity"]) as other:
+        try:
+            require_rebuild(other.pid)
+        except HostError as error:
+            pytest.skip(str(error))
+        finally:
+            other.kill()
 
 
 async def test_the_times_of_threads_add_up_to_no_more_than_the_cpus_have(tmp_path: Path) -> None:
@@ -74,6 +87,7 @@ async def test_host_memory_is_read_outside_of_what_is_timed(tmp_path: Path) -> N
         assert figures["thp_splits"] * 2 + 8 >= figures["thp_lost_mib"]
 
 
+@pytest.mark.usefixtures("permission_to_rebuild")
 async def test_huge_pages_that_a_snapshot_split_are_put_together_again(tmp_path: Path) -> None:
     machine = dataclasses.replace(MACHINE, thp=True)
     instruments = Instruments(rebuild_huge_pages=True)
@@ -91,6 +105,7 @@ async def test_huge_pages_that_a_snapshot_split_are_put_together_again(tmp_path:
     assert figures["rate_after_rebuild"] > 0
 
 
+@pytest.mark.usefixtures("permission_to_rebuild")
 async def test_memory_that_is_not_to_be_huge_is_not_rebuilt(tmp_path: Path) -> None:
     async with lab.boot(dataclasses.replace(MACHINE, thp=False), WORKLOAD) as vm:
         with pytest.raises(HostError, match="none of the guest's memory"):

@@ -140,3 +140,14 @@ async def test_a_user_without_the_device_is_told_how_to_get_it(user: User) -> No
     assert status == 2
     assert "setfacl" in err.splitlines()[-1]
     assert not (user.home / "a.snap").exists()
+
+
+async def test_a_user_who_may_not_rebuild_huge_pages_is_told_before_anything_is_measured(
+    user: User,
+) -> None:
+    arguments = ("--guest", "micro", "--accel", "tcg", "--ram-mib", "128", "--wss-mib", "16")
+    status, _, err = await user.lab(
+        "measure", "--repeats", "1", "--method", "live", "--rebuild-huge-pages", *arguments
+    )
+    assert status == 2
+    assert "CAP_SYS_NICE" in err.splitlines()[-1]
