@@ -105,9 +105,18 @@ class Process:
 
     def kill(self) -> None:
         """Send SIGKILL unless it has ended."""
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+        kill_child(self._process)
+
+
+def kill_child(process: asyncio.subprocess.Process) -> None:
+    """Send SIGKILL unless it has ended.
+
+    Its own `kill` would look first whether it has, and that reaps it: asyncio then finds no status,
+    and says 255.
+    """
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def _how_it_ended(code: int | None) -> str:

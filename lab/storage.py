@@ -21,7 +21,7 @@ from pathlib import Path
 
 from lab import slowdisk
 from lab.errors import SnapshotError
-from lab.process import KILL_GRACE_S, wrapped
+from lab.process import KILL_GRACE_S, kill_child, wrapped
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +109,7 @@ async def limited(image: Path, mib_per_s: int) -> AsyncIterator[LimitedStorage]:
             yield storage
         finally:
             # First of all, because it can not be interrupted: what follows only reaps.
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+            kill_child(process)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(KILL_GRACE_S):
                     await process.wait()

@@ -33,6 +33,7 @@ from lab.cache import cache_dir
 from lab.errors import BuildError, HostError
 from lab.files import sha256_of
 from lab.guest import modules, newc
+from lab.process import kill_child
 
 __all__ = ["Guest", "ensure_guest", "find_guest"]
 
@@ -363,7 +364,7 @@ async def _run(*command: str, cwd: Path | None = None, remedy: str = "") -> str:
     try:
         output, _ = await process.communicate()
     except asyncio.CancelledError:
-        process.kill()
+        kill_child(process)
         await process.wait()
         raise
     text = output.decode(errors="replace")

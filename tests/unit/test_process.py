@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from lab.errors import HostError
-from lab.process import running, wrapped
+from lab.process import kill_child, running, wrapped
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
 BOUND_S = 30.0
@@ -137,6 +137,16 @@ async def test_a_death_by_signal_names_the_signal() -> None:
     async with running([sys.executable, "-c", program], pass_sockets=()) as process:
         assert await process.wait(BOUND_S)
         assert "was ended by SIGABRT" in str(process.died("running"))
+
+
+async def test_who_is_killed_while_it_ends_keeps_its_status() -> None:
+    codes = set()
+    for _ in range(200):
+        child = await asyncio.create_subprocess_exec("sleep", "600")
+        for _ in range(50):
+            kill_child(child)
+        codes.add(await child.wait())
+    assert codes == {-signal.SIGKILL}
 
 
 async def test_huge_pages_can_be_forbidden_to_the_process() -> None:
