@@ -338,7 +338,8 @@ async def measure_again(recorded: run.RunSet, folder: Path, *, repeats: int = 1)
 
 def plan_here(recorded: run.RunSet) -> Plan:
     """The plan a set was recorded with, without the kinds of RAM and the accelerators that it
-    varied and that this host can not give.
+    varied and that this host can not give, and without rebuilding huge pages where that is not
+    permitted.
 
     Raises RunError when this version of the lab cannot read it.
     """
@@ -349,7 +350,19 @@ def plan_here(recorded: run.RunSet) -> Plan:
         for name, has in checks.items()
         if name in plan.vary
     }
-    return dataclasses.replace(plan, vary=plan.vary | here)
+    rebuilds = plan.instruments.rebuild_huge_pages and _may_rebuild()
+    instruments = dataclasses.replace(plan.instruments, rebuild_huge_pages=rebuilds)
+    return dataclasses.replace(plan, vary=plan.vary | here, instruments=instruments)
+
+
+def _may_rebuild() -> bool:
+    from lab.hugepages import require_rebuild
+
+    try:
+        require_rebuild()
+    except HostError:
+        return False
+    return True
 
 
 def _has_accelerator(machine: Machine, accel: Any) -> bool:

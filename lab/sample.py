@@ -197,12 +197,12 @@ async def take_sample(
 
     machine, workload = scenario.machine, scenario.workload
     check_room(image.parent, machine.ram_mib)
+    if scenario.instruments.rebuild_huge_pages:
+        require_rebuild()
     host = {"image_filesystem": filesystem_of(image.parent)}
     if warm is not None:
         warm.make_room(machine.ram_mib)
     async with boot(machine, workload, binary=scenario.variant) as vm:
-        if scenario.instruments.rebuild_huge_pages:
-            require_rebuild(vm.pid)
         try:
             with WarmMemory() as own:
                 sample = await _timed(vm, scenario, image, warm or own)

@@ -138,8 +138,8 @@ def test_a_reader_that_goes_away_is_not_reported(arguments: list[str]) -> None:
     finally:
         os.close(write_end)
     assert done.stderr == b""
-    # argparse does not tell whether its help was read.
-    assert done.returncode == (0 if arguments == ["--help"] else 1)
+    # Only the argparse of older Pythons tells that its help was not read.
+    assert done.returncode in ((0, 1) if arguments == ["--help"] else (1,))
 
 
 def test_doctor_prints_json_that_parses(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from lab.cli.reproduce import MAIN_SET, PROFILES, _measured, _other_sets, write_
 from lab.errors import HostError, RunError
 from lab.floor.plan import FloorPlan
 from lab.measure import Plan, plan_here, plan_of, slots
-from lab.scenario import METHODS, Machine, from_json, to_json
+from lab.scenario import METHODS, Instruments, Machine, from_json, to_json
 
 MakeSet = Callable[..., run.RunSet]
 
@@ -84,6 +84,21 @@ def test_kinds_of_ram_that_this_host_has_not_are_left_out(
     plan = Plan(methods=("live",), vary={"ram_kind": ("anon", "hugetlb"), "vcpus": (1, 2)})
     made = run.create_set(tmp_path / "x", plan=to_json(plan), host={}, binaries={}, lab={})
     assert plan_here(made).vary == {"ram_kind": ("anon",), "vcpus": (1, 2)}
+
+
+def test_huge_pages_are_not_rebuilt_by_who_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(methods=("live",), instruments=Instruments(rebuild_huge_pages=True))
+    made = run.create_set(tmp_path / "x", plan=to_json(plan), host={}, binaries={}, lab={})
+    monkeypatch.setattr("lab.hugepages.require_rebuild", lambda: None)
+    assert plan_here(made).instruments.rebuild_huge_pages
+
+    def require() -> None:
+        raise HostError("not permitted", "run as root")
+
+    monkeypatch.setattr("lab.hugepages.require_rebuild", require)
+    assert not plan_here(made).instruments.rebuild_huge_pages
 
 
 async def test_a_set_whose_accelerator_is_not_here_is_shown_as_it_was_recorded(
