@@ -27,7 +27,11 @@ pytestmark = [
     pytest.mark.platforms("micro-tcg", "micro-kvm"),
 ]
 
-METHODS_HERE = ("live", "live-rfc", "live-inline")
+METHODS_HERE = (
+    "live",
+    pytest.param("live-rfc", marks=pytest.mark.thorough),
+    pytest.param("live-inline", marks=pytest.mark.thorough),
+)
 #: More than the engine's buffer holds, at a rate at which the rest takes a second, so that what
 #: happens does so in the middle.
 DEVICE = ("-device", "virtio-rng-pci,id=before")

@@ -73,6 +73,7 @@ async def test_every_method_is_measured_verified_and_recorded(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+@pytest.mark.thorough
 async def test_json_is_one_line_a_run_with_every_field(tmp_path: Path) -> None:
     command = await lab_command(
         *("measure", "--method", "background", "--method", "stop-and-copy", "--repeats", "1"),
@@ -113,6 +114,7 @@ async def test_an_interrupt_leaves_no_guest_and_a_set_that_can_be_continued(tmp_
 
 
 @pytest.mark.notebook
+@pytest.mark.thorough
 async def test_the_tour_runs_live(tmp_path: Path) -> None:
     source = ROOT / "notebooks" / "00-tour.ipynb"
     target = tmp_path / source.name

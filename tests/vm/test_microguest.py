@@ -126,7 +126,14 @@ PACE_OPS_PER_S = 4000
 """Of each of two writers."""
 
 
-@pytest.mark.parametrize("method", ["live", "live-rfc", "live-inline"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "live",
+        pytest.param("live-rfc", marks=pytest.mark.thorough),
+        pytest.param("live-inline", marks=pytest.mark.thorough),
+    ],
+)
 async def test_faults_are_those_of_the_pages_that_it_wrote_and_in_that_order(
     method: str, tmp_path: Path
 ) -> None:
