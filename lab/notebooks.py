@@ -110,6 +110,8 @@ async def execute(
         extra_arguments=["--log-level=40"],
         # Timestamps would make every execution a change.
         record_timing=False,
+        # When the kernel happens to send what a cell prints would be one, too.
+        coalesce_streams=True,
         resources={"metadata": {"path": str(source.resolve().parent)}},
     )
     try:

@@ -80,26 +80,34 @@ async def test_it_runs_from_the_recorded_data(path: Path, tmp_path: Path) -> Non
     await notebooks.execute(path, tmp_path / path.name, timeout_s=60)
 
 
+def write_notebook(path: Path, code: str) -> Path:
+    """A notebook of one cell that was not executed."""
+    cell: Cell = {
+        "cell_type": "code",
+        "execution_count": None,
+        "id": "a",
+        "metadata": {},
+        "outputs": [],
+        "source": code,
+    }
+    document = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.mark.notebook
+async def test_what_a_cell_prints_in_pieces_is_one_output(tmp_path: Path) -> None:
+    code = "import time\nfor i in range(3):\n    print(i, flush=True)\n    time.sleep(0.5)"
+    path = write_notebook(tmp_path / "00-pieces.ipynb", code)
+    await notebooks.execute(path, path)
+    assert ["".join(output["text"]) for output in outputs_of(path)] == ["0\n1\n2\n"]
+
+
 @pytest.mark.notebook
 async def test_a_cell_that_raises_fails_the_notebook_and_leaves_the_old_one(tmp_path: Path) -> None:
-    source, target = tmp_path / "00-bad.ipynb", tmp_path / "out.ipynb"
+    target = tmp_path / "out.ipynb"
     target.write_text("old")
-    broken = {
-        "cells": [
-            {
-                "cell_type": "code",
-                "execution_count": None,
-                "id": "a",
-                "metadata": {},
-                "outputs": [],
-                "source": "1 / 0",
-            }
-        ],
-        "metadata": {},
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
-    source.write_text(json.dumps(broken))
+    source = write_notebook(tmp_path / "00-bad.ipynb", "1 / 0")
     with pytest.raises(LabError, match="ZeroDivisionError"):
         await notebooks.execute(source, target)
     assert target.read_text() == "old"
