@@ -14,8 +14,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="run QEMU's own migration tests on both builds",
         description="Run QEMU's own migration tests, one by one, on the unpatched build and on "
         "the patched one, and print both lists side by side. Exit status 1 when the patched one "
-        "fails a test that the unpatched one passes. A test takes up to a minute on two CPUs, "
-        "and all of them minutes or hours: --record keeps what is known, and the same command goes on.",
+        "fails a test that the unpatched one passes. A test takes seconds, "
+        "or a minute on a slow host: --record keeps what is known, and the same command goes on.",
     )
     parser.add_argument(
         "--only",
