@@ -76,6 +76,11 @@ FLAGS = (
     "--enable-linux-aio",
     "--enable-zstd",
     "--enable-seccomp",
+    # Devices that other processes serve, which write to guest RAM past QEMU: to be refused.
+    "--enable-vhost-user",
+    "--enable-vhost-vdpa",
+    "--enable-vhost-kernel",
+    "--enable-vhost-net",
     "--enable-trace-backends=log,simple",
     "--enable-tools",
     "--disable-docs",
