@@ -17,6 +17,7 @@ import psutil
 
 from lab.cache import cache_dir
 from lab.errors import HostError, LabError
+from lab.ksm import KSM, ksm_runs, merges_everything
 from lab.probe import KVM_DEVICE, UffdProbe, kvm_is_pvm, probe_kvm, probe_uffd
 from lab.scenario import HUGE_PAGE_MIB, GuestKind
 
@@ -41,6 +42,10 @@ _HUGE_PAGES = Path(f"/sys/kernel/mm/hugepages/hugepages-{HUGE_PAGE_MIB * 1024}kB
 # Write protection of anonymous memory came with Linux 5.7, of unpopulated pages with 6.4.
 _OLDEST_KERNEL = (5, 7)
 _COMFORTABLE_KERNEL = (6, 4)
+# Since "mm: remap unused subpages to shared zeropage when splitting isolated thp", until "mm/rmap:
+# fix soft-dirty and uffd-wp bit loss when remapping zero-filled mTHP subpage to shared zeropage".
+# That went to stable kernels too, so between these versions it is not known.
+_ZERO_PAGES_LOSE_PROTECTION = ((6, 12), (6, 18))
 _MIB = 1 << 20
 
 
@@ -389,7 +394,34 @@ def _check_kernel() -> list[Check]:
     if version < _COMFORTABLE_KERNEL:
         detail = f"{release} cannot protect unpopulated pages"
         return [Check(name="kernel", status="warn", detail=detail, remedy=newer)]
+    since, until = _ZERO_PAGES_LOSE_PROTECTION
+    if since <= version < until:
+        detail = (
+            f"{release} may be one that takes the protection off pages full of zeros when memory is"
+            " short and it splits a huge page: the image gets what is written there later"
+        )
+        remedy = (
+            f'run on Linux {until[0]}.{until[1]} or newer, or on one with "mm/rmap: fix soft-dirty'
+            ' and uffd-wp bit loss" in its list of changes; or use thp=False'
+        )
+        return [Check(name="kernel", status="warn", detail=detail, remedy=remedy)]
     return [Check(name="kernel", status="ok", detail=release)]
+
+
+def _check_ksm() -> list[Check]:
+    if not KSM.is_dir():
+        return [Check(name="ksm", status="ok", detail="not in this kernel")]
+    if not ksm_runs() and not merges_everything():
+        return [Check(name="ksm", status="ok", detail="off")]
+    detail = (
+        "the kernel merges equal pages, which takes write protection off them: a live snapshot of a"
+        " QEMU started by hand is silently wrong (the lab starts its own so that none is merged)"
+    )
+    remedy = (
+        "start QEMU by hand with `-machine ...,mem-merge=off` and not in a unit with MemoryKSM=yes,"
+        f" or `echo 2 | sudo tee {KSM / 'run'}`"
+    )
+    return [Check(name="ksm", status="warn", detail=detail, remedy=remedy)]
 
 
 def _check_cpu() -> list[Check]:
@@ -499,6 +531,7 @@ def _check_strays() -> list[Check]:
 _CHECKS: tuple[Callable[[], list[Check]], ...] = (
     _check_uffd,
     _check_kernel,
+    _check_ksm,
     _check_cpu,
     _check_thp,
     _check_huge_pages,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lab.errors import LaunchError
 from lab.host import require_setpriv
+from lab.ksm import PR_SET_MEMORY_MERGE, merges_everything
 from lab.workdir import private_folder
 
 log = logging.getLogger(__name__)
@@ -34,13 +35,17 @@ LOG_TAIL_LINES = 12
 # the child has another parent by then, and would live for ever.  So it looks once it has asked.
 _SAME_PARENT = '[ "$PPID" = "$1" ] || exit 1; shift; exec "$@"'
 
-# Transparent huge pages can be forbidden to a process only by itself, and its children inherit it:
-# PR_SET_THP_DISABLE is 41.  A small interpreter makes the call and becomes QEMU.
-_NO_THP = (
+_PR_SET_THP_DISABLE = 41
+
+# Some of what a process may do with memory only it can set itself, and its children inherit it.  A
+# small interpreter makes the calls and becomes QEMU.
+_SET_MEMORY = (
     "import ctypes, os, sys\n"
-    "if ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) != 0:\n"
+    f"if 'no-thp' in sys.argv[1] and ctypes.CDLL(None).prctl({_PR_SET_THP_DISABLE}, 1, 0, 0, 0):\n"
     "    sys.exit('transparent huge pages can not be switched off for QEMU')\n"
-    "os.execv(sys.argv[1], sys.argv[1:])\n"
+    f"if 'no-merge' in sys.argv[1] and ctypes.CDLL(None).prctl({PR_SET_MEMORY_MERGE}, 0, 0, 0, 0):\n"
+    "    sys.exit('the merging of equal pages can not be switched off for QEMU')\n"
+    "os.execv(sys.argv[2], sys.argv[2:])\n"
 )
 
 
@@ -132,11 +137,14 @@ def _how_it_ended(code: int | None) -> str:
 def wrapped(command: Sequence[str], *, thp: bool | None) -> list[str]:
     """Return `command` with what has to happen in the child before QEMU.
 
+    The kernel may not merge its equal pages: of those write protection would be lost (`lab.ksm`).
+
     :raise HostError: when `setpriv` is missing.
     """
-    no_thp = [sys.executable, "-I", "-S", "-c", _NO_THP] if thp is False else []
+    changes = (["no-thp"] if thp is False else []) + (["no-merge"] if merges_everything() else [])
+    python = [sys.executable, "-I", "-S", "-c", _SET_MEMORY, ",".join(changes)] if changes else []
     guard = ["sh", "-c", _SAME_PARENT, "sh", str(os.getpid())]
-    return [require_setpriv(), "--pdeathsig=KILL", "--", *guard, *no_thp, *command]
+    return [require_setpriv(), "--pdeathsig=KILL", "--", *guard, *python, *command]
 
 
 @contextlib.asynccontextmanager

@@ -37,7 +37,9 @@ def ram_dir() -> Path:
 
 def machine_option(machine: Machine) -> str:
     """Return what QEMU's `-M` needs besides the machine's type."""
-    return "" if machine.ram_kind == "anon" else f",memory-backend={_BLOCK_NAME}"
+    # QEMU would offer guest RAM to the kernel for merging, which takes write protection off it.
+    backend = "" if machine.ram_kind == "anon" else f",memory-backend={_BLOCK_NAME}"
+    return f",mem-merge=off{backend}"
 
 
 def ram_arguments(machine: Machine) -> list[str]:

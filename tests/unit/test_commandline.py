@@ -50,7 +50,7 @@ def option(command: list[str], name: str) -> str:
 
 def test_anonymous_ram_is_qemus_own() -> None:
     command = command_for(Machine(ram_mib=512))
-    assert option(command, "-M") == "pc-i440fx-10.0"
+    assert option(command, "-M") == "pc-i440fx-10.0,mem-merge=off"
     assert option(command, "-m") == "512M"
     assert "-object" not in command
 
@@ -70,7 +70,7 @@ def test_other_ram_is_a_backend_of_the_same_name_and_size(
 ) -> None:
     monkeypatch.delenv("LAB_RAM_DIR", raising=False)
     command = command_for(Machine(ram_mib=512, ram_kind=kind))
-    assert option(command, "-M") == "pc-i440fx-10.0,memory-backend=pc.ram"
+    assert option(command, "-M") == "pc-i440fx-10.0,mem-merge=off,memory-backend=pc.ram"
     assert option(command, "-m") == "512M"
     found, *properties = option(command, "-object").split(",")
     assert found == backend

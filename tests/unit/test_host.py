@@ -156,3 +156,33 @@ def test_the_table_puts_each_remedy_below_its_check() -> None:
         "warn  longer  meh",
         "              -> mend",
     ]
+
+
+@pytest.mark.parametrize(("runs", "all_of_it"), [(False, False), (True, False), (False, True)])
+def test_merging_of_equal_pages_is_named_with_what_it_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: bool, all_of_it: bool
+) -> None:
+    """Field report F2."""
+    monkeypatch.setattr(host, "KSM", tmp_path)
+    monkeypatch.setattr(host, "ksm_runs", lambda: runs)
+    monkeypatch.setattr(host, "merges_everything", lambda: all_of_it)
+    (check,) = host._check_ksm()
+    if not runs and not all_of_it:
+        assert check.status == "ok"
+        return
+    assert check.status == "warn"
+    assert "write protection" in check.detail
+    assert "mem-merge=off" in check.remedy
+
+
+@pytest.mark.parametrize(
+    ("release", "status"),
+    [("6.11.0", "ok"), ("6.12.1", "warn"), ("6.17.3-x", "warn"), ("6.18.0", "ok"), ("7.0", "ok")],
+)
+def test_kernels_that_lose_protection_when_they_split_huge_pages_are_named(
+    monkeypatch: pytest.MonkeyPatch, release: str, status: str
+) -> None:
+    monkeypatch.setattr("platform.release", lambda: release)
+    (check,) = host._check_kernel()
+    assert check.status == status
+    assert status == "ok" or "uffd-wp bit loss" in check.remedy
