@@ -34,15 +34,18 @@ class Checksums:
         return self.piece_bytes > 0 and len(self.sha256) == -(-size // self.piece_bytes)
 
 
-async def checksums_of(path: Path, size: int, *, piece_bytes: int = PIECE_BYTES) -> Checksums:
-    """Read the `size` bytes of a file on as many threads as there are CPUs.
+async def checksums_of(file: Path | int, size: int, *, piece_bytes: int = PIECE_BYTES) -> Checksums:
+    """Read the `size` bytes of a file, or of an open one, on as many threads as there are CPUs.
 
     Holes are not read.  Cancelling stops the threads after the pieces that they are at.
 
     :raise OSError: when it can not be read.
     """
     limit = asyncio.Semaphore(os.cpu_count() or 1)
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    # The caller of a task that was cancelled may close its own.
+    descriptor = (
+        os.dup(file) if isinstance(file, int) else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    )
     try:
 
         async def piece(start: int) -> str:
@@ -60,12 +63,12 @@ async def checksums_of(path: Path, size: int, *, piece_bytes: int = PIECE_BYTES)
     return Checksums(piece_bytes=piece_bytes, sha256=tuple(task.result() for task in tasks))
 
 
-async def damaged_pieces(path: Path, size: int, expected: Checksums) -> list[int]:
+async def damaged_pieces(file: Path | int, size: int, expected: Checksums) -> list[int]:
     """Return which pieces of a file differ from their checksums.
 
     :raise OSError: when it can not be read.
     """
-    found = await checksums_of(path, size, piece_bytes=expected.piece_bytes)
+    found = await checksums_of(file, size, piece_bytes=expected.piece_bytes)
     pairs = zip(found.sha256, expected.sha256, strict=True)
     return [index for index, (is_now, was) in enumerate(pairs) if is_now != was]
 

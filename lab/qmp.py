@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate, StateError
@@ -97,11 +98,28 @@ class Qmp:
 
         :raise QmpError: as `execute`.
         """
+        self._send(descriptor)
+        await self.execute("getfd", {"fdname": name})
+
+    @contextlib.asynccontextmanager
+    async def lent(self, descriptor: int) -> AsyncIterator[Path]:
+        """Give QEMU an open file, and the path by which it opens just that while this lasts.
+
+        It opens duplicates, as often as it likes; all have the position of `descriptor`.  When
+        this is left by an error QEMU keeps it: then it is about to end.
+
+        :raise QmpError: as `execute`.
+        """
+        self._send(descriptor)
+        given = await self.execute("add-fd")
+        yield Path(f"/dev/fdset/{given['fdset-id']}")
+        await self.execute("remove-fd", {"fdset-id": given["fdset-id"]})
+
+    def _send(self, descriptor: int) -> None:
         try:
             self._client.send_fd_scm(descriptor)
         except OSError as error:
             raise QmpError(f"QEMU can not be sent a descriptor: {error.strerror}") from error
-        await self.execute("getfd", {"fdname": name})
 
     async def wait_event(
         self, wanted: Callable[[Event], bool], *, since: int = 0, timeout_s: float

@@ -12,13 +12,16 @@ from typing import Any
 
 import msgspec
 
-from lab.checksums import Checksums, damaged_pieces
+from lab.checksums import Checksums
 from lab.errors import RestoreError, UsageError
 from lab.guest.protocol import ReadyRecord
 from lab.qemu.build import QemuBinary
 from lab.scenario import Machine, Workload, from_json
 
-FORMAT = "lab.snapshot/2"
+FORMAT = "lab.snapshot/3"
+
+_WITHOUT_MARK = "lab.snapshot/2"
+"""What versions of the lab wrote whose images had no mark; everything else was the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,9 @@ class Sidecar:
     `machine_type` is the versioned one.  `ready` is what the guest said at its boot; its nonce is
     nowhere else but in the image.  It is None when the guest was still booting.  `binary` and
     `kernel_sha256` say what took it, for the record: another QEMU that knows the machine type may
-    restore it.  `checksums` is None where nobody asked for them.
+    restore it.  `checksums` is None where nobody asked for them.  `mark` is what the last bytes of
+    the image are, by which the two belong together (`lab.imagefile`); None in those of older
+    versions, whose images have none.
     """
 
     method: str
@@ -37,6 +42,7 @@ class Sidecar:
     workload: Workload
     machine_type: str
     image_bytes: int
+    mark: str | None
     checksums: Checksums | None
     created_utc: str
     ready: ReadyRecord | None
@@ -57,61 +63,17 @@ def sidecar_path(image: Path) -> Path:
     return image.with_name(image.name + ".json")
 
 
-def read_sidecar(image: Path) -> Sidecar:
-    """Read the sidecar of `image` and check the image against it.
+def parse_sidecar(image: Path, content: bytes) -> Sidecar:
+    """Return the sidecar of `image` that a file's content is; it is not compared with the image.
 
-    :raise RestoreError: when either is missing, unreadable or of another version, or the image
-        has not the size it had.
+    :raise RestoreError: when it is none, or of another version.
     """
-    path = sidecar_path(image)
     try:
-        size = image.stat().st_size if image.is_file() else None
-    except OSError as error:
-        raise RestoreError(f"{image} can not be read: {error.strerror}") from error
-    if size is None:
-        raise RestoreError(f"there is no image {image}", "check the path, or take a snapshot")
-    try:
-        sidecar = _parse(path.read_bytes())
-    except FileNotFoundError:
-        raise RestoreError(
-            f"{image.name} has no sidecar {path.name}, so its machine is unknown",
-            "keep both files together; an image without one is not complete",
-        ) from None
-    except OSError as error:
-        raise RestoreError(f"{path} can not be read: {error.strerror}") from error
+        return _parse(content)
     except (ValueError, UsageError, msgspec.ValidationError) as error:
         raise RestoreError(
-            f"{path.name} is not a sidecar: {error}", "take the snapshot again"
-        ) from (error)
-    if size != sidecar.image_bytes:
-        raise RestoreError(
-            f"{image.name} has {size} bytes and had {sidecar.image_bytes} when it was taken",
-            "copy it again in full, or take the snapshot again",
-        )
-    return sidecar
-
-
-async def check_image(image: Path, sidecar: Sidecar) -> None:
-    """Read all of `image` against the checksums of its sidecar, where it has them.
-
-    :raise RestoreError: when a byte differs, or the image can not be read.
-    """
-    sums = sidecar.checksums
-    if sums is None:
-        return
-    try:
-        damaged = await damaged_pieces(image, sidecar.image_bytes, sums)
-    except OSError as error:
-        raise RestoreError(f"{image} can not be read: {error.strerror}") from error
-    if damaged:
-        start = damaged[0] * sums.piece_bytes
-        end = min(start + sums.piece_bytes, sidecar.image_bytes)
-        more = f" and {len(damaged) - 1} more places" if len(damaged) > 1 else ""
-        raise RestoreError(
-            f"{image.name} is damaged: bytes {start} to {end - 1}{more} are not those that were "
-            "written",
-            "copy it again, or take the snapshot again",
-        )
+            f"{sidecar_path(image).name} is not a sidecar: {error}", "take the snapshot again"
+        ) from error
 
 
 def _parse(content: bytes) -> Sidecar:
@@ -119,7 +81,9 @@ def _parse(content: bytes) -> Sidecar:
     if not isinstance(data, dict):
         raise ValueError("no JSON object")
     found = data.pop("format", None)
-    if found != FORMAT:
+    if found == _WITHOUT_MARK:
+        data["mark"] = None
+    elif found != FORMAT:
         raise RestoreError(
             f"the sidecar has format {found!r} and this lab reads {FORMAT!r}",
             "use the version of the lab that wrote it",
@@ -148,6 +112,7 @@ class _Plain(msgspec.Struct, frozen=True, kw_only=True):
     engine: str | None
     machine_type: str
     image_bytes: int
+    mark: str | None
     checksums: Checksums | None
     created_utc: str
     ready: ReadyRecord | None

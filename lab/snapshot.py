@@ -22,13 +22,10 @@ The request is the moment before the first command is sent that affects the gues
 import asyncio
 import contextlib
 import dataclasses
-import fcntl
 import logging
-import os
 import shutil
-import stat
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,6 +38,7 @@ from lab.display import html_row
 from lab.errors import HostError, LabError, QmpError, SnapshotError, UsageError
 from lab.guest.protocol import ReadyRecord
 from lab.host import require_uffd
+from lab.imagefile import partial_image
 from lab.instruments.faultlog import FaultLog, read_fault_log
 from lab.instruments.phases import buffer_summary, counters, df_phases
 from lab.instruments.progress import ProgressSampler
@@ -50,7 +48,7 @@ from lab.qemu.build import QemuBinary
 from lab.qmp import Event
 from lab.scenario import METHODS, Machine, Method, Storage, Workload, check_storage, dimensions
 from lab.scenario import method as method_of
-from lab.sidecar import Sidecar, sidecar_path
+from lab.sidecar import Sidecar
 from lab.storage import LimitedStorage, limited
 from lab.tables import fault_summary, with_marks
 from lab.vm import VM, file_channel
@@ -71,9 +69,6 @@ many times as long as writing the guest's RAM once: 82 s for 1 GiB at 100 MiB/s.
 
 IMAGE_DESCRIPTOR = "lab-image"
 """What QEMU calls the socket that it writes an image to, where it is not given a file."""
-
-PARTIAL = ".partial"
-"""What ends the names of an image and a sidecar that are not complete."""
 
 SIZE_POLL_S = 0.1
 ABORT_TIMEOUT_S = 30.0
@@ -275,7 +270,8 @@ async def take(
     with vm.busy_with(f"a {method} snapshot"):
         image = Path(path).absolute()
         async with contextlib.AsyncExitStack() as stack:
-            partial = stack.enter_context(_partial_image(image))
+            writing = stack.enter_context(partial_image(image))
+            partial = writing.path
             _check_disk(vm, how, image)
             storage = None
             if storage_mib_per_s:
@@ -303,9 +299,10 @@ async def take(
             ready = attempt.ready_at_pause()
             # Before the checksums are made, so that what they take from the guest is not shown.
             await asyncio.sleep(after_s)
+            mark = writing.add_mark()
             size = partial.stat().st_size
             sums = await _checksums(partial, size) if checksums else None
-            _publish(vm, how, ready, size, sums, partial, image)
+            writing.publish(_sidecar(vm, how, ready, size, mark, sums))
         return attempt.result(image, size, sampler)
 
 
@@ -666,72 +663,6 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
 
 # Files
 
-_KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
-
-
-def _check_path(image: Path) -> None:
-    """Refuse a path that an image can not have, before anything is created or replaced.
-
-    A complete image takes the place of what has its name, which must not be a device.  Of a link
-    to a file only the link is replaced.
-
-    :raise SnapshotError: naming what is in the way.
-    """
-    beside = sidecar_path(image)
-    try:
-        if "\0" in image.name:
-            raise ValueError("a null byte is in its name")
-        try:
-            os.fspath(image).encode()
-        except UnicodeEncodeError:
-            raise ValueError("its path is not UTF-8, in which QEMU is told of it") from None
-        for path in (image, beside):
-            kind = stat.S_IFMT(path.stat().st_mode) if path.exists() else stat.S_IFREG
-            if kind != stat.S_IFREG:
-                raise SnapshotError(f"{path} is {_KINDS.get(kind, 'no file')}", "name a file")
-        longest = len(os.fsencode(beside.name + PARTIAL))
-        if longest > os.pathconf(image.parent, "PC_NAME_MAX"):
-            raise SnapshotError(f"the name {image.name} is too long", "choose a shorter one")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise SnapshotError(f"{image} can not be created: {reason}", "choose another") from error
-
-
-@contextlib.contextmanager
-def _partial_image(image: Path) -> Iterator[Path]:
-    """Create the private file that QEMU writes; remove it unless it was renamed.
-
-    :raise SnapshotError: when it can not be created, or another snapshot writes it.
-    """
-    _check_path(image)
-    partial = image.with_name(image.name + PARTIAL)
-    try:
-        descriptor = os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise SnapshotError(
-            f"{partial} can not be created: {error.strerror}", "choose another path"
-        ) from error
-    with os.fdopen(descriptor, "wb") as file:
-        try:
-            # Held as long as the file is open: two guests can not write one image.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SnapshotError(
-                f"another snapshot is being written to {image.name}", "choose another path"
-            ) from error
-        try:
-            os.fchmod(file.fileno(), 0o600)
-            file.truncate()
-            yield partial
-        finally:
-            partial.unlink(missing_ok=True)
-
 
 def _check_disk(vm: VM, how: Method, image: Path) -> None:
     """Refuse a snapshot for which there is clearly no room; a disk that fills up later fails it."""
@@ -770,40 +701,25 @@ async def _checksums(partial: Path, size: int) -> Checksums:
         ) from error
 
 
-def _publish(
+def _sidecar(
     vm: VM,
     how: Method,
     ready: ReadyRecord | None,
     size: int,
+    mark: str,
     sums: Checksums | None,
-    partial: Path,
-    image: Path,
-) -> None:
-    """Give the complete image its name, together with its sidecar."""
-    sidecar = Sidecar(
+) -> Sidecar:
+    return Sidecar(
         method=how.name,
         engine=how.engine,
         machine=vm.machine,
         workload=vm.workload,
         machine_type=vm.machine_type,
         image_bytes=size,
+        mark=mark,
         checksums=sums,
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         ready=ready,
         binary=vm.binary,
         kernel_sha256=vm.guest.kernel_sha256,
     )
-    beside = sidecar_path(image)
-    new = beside.with_name(beside.name + PARTIAL)
-    try:
-        descriptor = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(sidecar.to_text())
-        # In this order, so that no crash leaves a sidecar beside an image it does not describe:
-        # an image without a sidecar is refused.
-        beside.unlink(missing_ok=True)
-        partial.rename(image)
-        new.rename(beside)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise SnapshotError(f"{image.name} can not be completed: {error.strerror}") from error

@@ -11,6 +11,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import os
 import re
 import socket
 import uuid
@@ -40,11 +41,11 @@ from lab.guest.build import Guest, find_guest
 from lab.guest.protocol import PAGE_BYTES, LatencyPage, ProgressPage, ReadyRecord, Record
 from lab.host import NAME_PREFIX
 from lab.hostmem import read_process
+from lab.imagefile import OpenImage, check_image, open_image
 from lab.process import QUIT_GRACE_S, Process, running
 from lab.qemu.build import QemuBinary, find_qemu
 from lab.qmp import COMMAND_TIMEOUT_S, Event, Qmp, connected
 from lab.scenario import MAPPED_RAM, Accel, Machine, Variant, Workload, check_fit, method
-from lab.sidecar import Sidecar, check_image, read_sidecar
 from lab.workdir import private_folder
 
 if TYPE_CHECKING:
@@ -623,29 +624,49 @@ async def restore(
 ) -> AsyncIterator[VM]:
     """Restore the guest from the snapshot `path`; it runs unless `paused`.
 
-    The machine is built as the sidecar describes it; its disk, if it has one, is an empty one.
-    That the image holds the guest that the sidecar names is checked in the restored memory before
-    the guest runs.  A guest that was taken while it booted has no name yet: it is restored
-    unchecked, and `wait_ready` waits for it.
+    The image is opened once, and what is published under its name while it is checked and loaded
+    does not matter.  The machine is built as the sidecar describes it; its disk, if it has one, is
+    an empty one.  That the image holds the guest that the sidecar names is checked in the restored
+    memory before the guest runs.  A guest that was taken while it booted has no name yet: it is
+    restored unchecked, and `wait_ready` waits for it.
 
     :param binary: which QEMU; None is the kind that took the snapshot.
     :param channels: how many threads read the image; more than one takes an image in which each
         page has its place, such as `live-mapped` makes.
     :param accel: None is the one that it was taken under.  An image taken under TCG can be
         restored under KVM; one taken under KVM holds the state of KVM's clock, which TCG has not.
-    :param check: read the image against the sidecar's checksums first, if it has them.  QEMU
-        itself finds no damage in a page: without it the guest may be silently another one.
+    :param check: read the image against the sidecar's checksums first; of an image without them
+        the log warns.  QEMU itself finds no damage in a page: without the check the guest may be
+        silently another one.
     :raise UsageError: when the image can not be read by more than one thread.
     :raise RestoreError: when the image or its sidecar is missing, cut short, damaged, of another
         machine type or another format, or does not restore.
     :raise HostError: when the host lacks memory, a build or an accelerator.
     """
-    image = Path(path).absolute()
-    sidecar = read_sidecar(image)
+    async with contextlib.AsyncExitStack() as stack:
+        # Closed once QEMU has read it.  What is published under its name meanwhile is another one.
+        with open_image(Path(path).absolute()) as image:
+            vm = await _restored(image, stack, binary, channels, accel, check=check)
+        if not paused:
+            await vm.cont()
+        yield vm
+
+
+async def _restored(
+    image: OpenImage,
+    stack: contextlib.AsyncExitStack,
+    binary: Variant | None,
+    channels: int,
+    accel: Accel | None,
+    *,
+    check: bool,
+) -> VM:
+    """Check an image and load it into a QEMU that ends with `stack`; see `restore`."""
+    name, sidecar = image.path.name, image.sidecar
     mapped = MAPPED_RAM in method(sidecar.method).capabilities
     if channels < 1 or (channels > 1 and not mapped):
         raise UsageError(
-            f"{channels} channels can not read {image.name}, a {sidecar.method} snapshot",
+            f"{channels} channels can not read {name}, a {sidecar.method} snapshot",
             "use channels=1, or take the snapshot with method live-mapped",
         )
     qemu = find_qemu(binary or sidecar.binary.variant)
@@ -653,12 +674,12 @@ async def restore(
     choice = await settled(wanted)
     if sidecar.machine.accel == "kvm" and choice.machine.accel == "tcg":
         raise RestoreError(
-            f"{image.name} was taken under KVM and holds the state of KVM's clock, which TCG can "
+            f"{name} was taken under KVM and holds the state of KVM's clock, which TCG can "
             "not load",
             'restore it with accel="kvm"',
         )
     if check:
-        await check_image(image, sidecar)
+        await check_image(image)
     try:
         launched = _launched(
             qemu,
@@ -668,34 +689,30 @@ async def restore(
             incoming=True,
             paused=True,
         )
-        vm = await launched.__aenter__()
+        vm = await stack.enter_async_context(launched)
     except LaunchError as error:
         raise RestoreError(
-            f"no QEMU for {image.name}, a {sidecar.machine_type}: {error.cause}",
+            f"no QEMU for {name}, a {sidecar.machine_type}: {error.cause}",
             "restore with the QEMU version that took the snapshot",
         ) from error
-    async with contextlib.AsyncExitStack() as stack:
-        stack.push_async_exit(launched)
-        vm.fallback = choice.fallback
-        vm.machine_type = sidecar.machine_type
-        await _load(vm, image, sidecar, mapped=mapped, channels=channels)
-        vm._ready = sidecar.ready
-        if vm.is_ready:
-            await _check_identity(vm, image)
-        else:
-            await vm._permit_reboot(True)
-        if not paused:
-            await vm.cont()
-        yield vm
+    vm.fallback = choice.fallback
+    vm.machine_type = sidecar.machine_type
+    await _load(vm, image, mapped=mapped, channels=channels)
+    vm._ready = sidecar.ready
+    if vm.is_ready:
+        await _check_identity(vm, name)
+    else:
+        await vm._permit_reboot(True)
+    return vm
 
 
 def _has_loaded(event: Event) -> bool:
     return event.name == "MIGRATION" and event.data.get("status") in ("completed", "failed")
 
 
-async def _load(vm: VM, image: Path, sidecar: Sidecar, *, mapped: bool, channels: int) -> None:
+async def _load(vm: VM, image: OpenImage, *, mapped: bool, channels: int) -> None:
     since = len(vm.qmp.events)
-    timeout_s = COMMAND_TIMEOUT_S + sidecar.image_bytes / RESTORE_BYTES_PER_S
+    timeout_s = COMMAND_TIMEOUT_S + image.sidecar.image_bytes / RESTORE_BYTES_PER_S
     needed = {"events": True, MAPPED_RAM: mapped, "multifd": channels > 1}
     log_chars = len(vm.process.log_text())
     try:
@@ -705,13 +722,16 @@ async def _load(vm: VM, image: Path, sidecar: Sidecar, *, mapped: bool, channels
         )
         if channels > 1:
             await vm.execute("migrate-set-parameters", {"multifd-channels": channels})
-        await vm.execute(
-            "migrate-incoming",
-            {"channels": file_channel(image), "exit-on-error": False},
-        )
-        event = await vm.watched(
-            vm.qmp.wait_event(_has_loaded, since=since, timeout_s=timeout_s), "loading the image"
-        )
+        # Whoever looked for holes in it has moved its position, which QEMU takes for the beginning.
+        os.lseek(image.descriptor, 0, os.SEEK_SET)
+        async with vm.qmp.lent(image.descriptor) as lent:
+            await vm.execute(
+                "migrate-incoming", {"channels": file_channel(lent), "exit-on-error": False}
+            )
+            event = await vm.watched(
+                vm.qmp.wait_event(_has_loaded, since=since, timeout_s=timeout_s),
+                "loading the image",
+            )
         if event.data["status"] == "completed":
             return
         why = (await vm.execute("query-migrate")).get("error-desc", "QEMU gives no reason")
@@ -723,21 +743,21 @@ async def _load(vm: VM, image: Path, sidecar: Sidecar, *, mapped: bool, channels
     except QmpError as error:
         why = error.cause
     raise RestoreError(
-        f"{image.name} can not be restored: {why}", "take the snapshot again"
+        f"{image.path.name} can not be restored: {why}", "take the snapshot again"
     ) from None
 
 
-async def _check_identity(vm: VM, image: Path) -> None:
+async def _check_identity(vm: VM, name: str) -> None:
     try:
         found = await vm.progress_page()
     except GuestError as error:
         raise RestoreError(
-            f"{image.name} restored, but the guest's memory is not in it: {error.cause}",
+            f"{name} restored, but the guest's memory is not in it: {error.cause}",
             "take the snapshot again",
         ) from error
     if found.nonce != vm.ready.nonce:
         raise RestoreError(
-            f"{image.name} holds boot {found.nonce:016x}, its sidecar names {vm.ready.nonce:016x}",
+            f"{name} holds boot {found.nonce:016x}, its sidecar names {vm.ready.nonce:016x}",
             "keep image and sidecar together",
         )
 

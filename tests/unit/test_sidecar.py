@@ -11,9 +11,10 @@ import pytest
 from lab.checksums import Checksums
 from lab.errors import RestoreError
 from lab.guest.protocol import ReadyRecord
+from lab.imagefile import check_image, open_image, read_sidecar
 from lab.qemu.build import QemuBinary
 from lab.scenario import Machine, Workload
-from lab.sidecar import Sidecar, check_image, read_sidecar, sidecar_path
+from lab.sidecar import Sidecar, sidecar_path
 
 IMAGE = b"image"
 SUMS = Checksums(
@@ -27,6 +28,7 @@ SIDECAR = Sidecar(
     workload=Workload("sequential", wss_mib=64, threads=2, seed=2**63 - 1),
     machine_type="pc-i440fx-10.0",
     image_bytes=5,
+    mark=None,
     checksums=SUMS,
     created_utc="2026-01-01T00:00:00+00:00",
     ready=ReadyRecord(
@@ -68,27 +70,55 @@ def test_a_guest_that_was_booting_has_said_nothing(image: Path) -> None:
     assert read_sidecar(image) == booting
 
 
+def test_the_sidecar_of_an_image_that_has_no_mark_yet_is_read(image: Path) -> None:
+    rewrite(image, format="lab.snapshot/2", mark=...)
+    assert read_sidecar(image) == SIDECAR
+
+
 def test_an_image_may_have_no_checksums(image: Path) -> None:
     without = dataclasses.replace(SIDECAR, checksums=None)
     sidecar_path(image).write_text(without.to_text())
     assert read_sidecar(image) == without
 
 
-async def test_an_image_is_checked_against_its_sidecar(image: Path) -> None:
-    await check_image(image, SIDECAR)
+async def test_an_image_is_checked_against_its_sidecar(
+    image: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_image(image) as opened:
+        await check_image(opened)
     image.write_bytes(b"imagE")
-    await check_image(image, dataclasses.replace(SIDECAR, checksums=None))
-    with pytest.raises(RestoreError, match=r"a\.snap is damaged: bytes 4 to 4 are not"):
-        await check_image(image, SIDECAR)
+    with (
+        open_image(image) as opened,
+        pytest.raises(RestoreError, match=r"a\.snap is damaged: bytes 4 to 4 are not"),
+    ):
+        await check_image(opened)
     image.write_bytes(b"iMagE")
-    with pytest.raises(RestoreError, match="bytes 0 to 3 and 1 more places are not"):
-        await check_image(image, SIDECAR)
+    with (
+        open_image(image) as opened,
+        pytest.raises(RestoreError, match="bytes 0 to 3 and 1 more places are not"),
+    ):
+        await check_image(opened)
+    assert not caplog.records
 
 
-async def test_an_image_that_can_not_be_read_is_refused(image: Path) -> None:
-    image.unlink()
-    with pytest.raises(RestoreError, match="can not be read: No such file"):
-        await check_image(image, SIDECAR)
+async def test_that_nobody_can_tell_whether_an_image_is_damaged_is_said_in_a_warning(
+    image: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Field report F18."""
+    rewrite(image, checksums=None)
+    image.write_bytes(b"imagE")
+    with open_image(image) as opened:
+        await check_image(opened)
+    assert [(one.levelname, one.getMessage()) for one in caplog.records] == [
+        ("WARNING", "a.snap has no checksums: if it is damaged, nobody can tell")
+    ]
+
+
+async def test_an_image_that_is_cut_short_while_it_is_checked_is_refused(image: Path) -> None:
+    with open_image(image) as opened:
+        image.write_bytes(b"")
+        with pytest.raises(RestoreError, match="can not be read: it ends at byte 0"):
+            await check_image(opened)
 
 
 def refused(image: Path) -> str:

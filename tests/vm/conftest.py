@@ -107,7 +107,7 @@ def damage_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """
 
     def restore_damaged(
-        path: Path, *, paused: bool, channels: int
+        path: Path, *, paused: bool, channels: int, check: bool
     ) -> AbstractAsyncContextManager[VM]:
         with path.open("r+b") as file:
             # The middle of the image is page data, of which a header is a 512th.
@@ -115,6 +115,6 @@ def damage_images(monkeypatch: pytest.MonkeyPatch) -> None:
             byte = file.read(1)[0]
             file.seek(-1, 1)
             file.write(bytes([byte ^ 0x40]))
-        return lab.restore(path, paused=paused, channels=channels)
+        return lab.restore(path, paused=paused, channels=channels, check=check)
 
     monkeypatch.setattr("lab.oracle.restore", restore_damaged)

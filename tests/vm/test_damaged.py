@@ -21,7 +21,8 @@ import pytest_asyncio
 
 import lab
 from lab.errors import RestoreError
-from lab.sidecar import Sidecar, read_sidecar, sidecar_path
+from lab.imagefile import mark_of, read_sidecar
+from lab.sidecar import Sidecar, sidecar_path
 from tests.vm.bench import refusal
 
 pytestmark = [
@@ -86,7 +87,10 @@ def flip(image: Path, at: int, bit: int = 3) -> None:
 
 def leave_to_qemu(image: Path, sidecar: Sidecar) -> None:
     """Have the sidecar say what the image is now, so that nobody but QEMU looks at it."""
-    changed = dataclasses.replace(sidecar, checksums=None, image_bytes=image.stat().st_size)
+    with image.open("rb") as file:
+        mark = mark_of(file.fileno())
+    size = image.stat().st_size
+    changed = dataclasses.replace(sidecar, checksums=None, image_bytes=size, mark=mark)
     sidecar_path(image).write_text(changed.to_text())
 
 

@@ -18,11 +18,11 @@ import lab
 from lab.errors import GuestError, HostError
 from lab.guest.protocol import ProgressPage
 from lab.host import require_kvm
+from lab.imagefile import read_sidecar
 from lab.oracle import Verification, verify_method
 from lab.qmp import Event
 from lab.rfb import viewing
 from lab.scenario import DiskAio, DiskCache, DiskKind
-from lab.sidecar import read_sidecar
 from lab.vm import VM
 
 pytestmark = [pytest.mark.vm, pytest.mark.thorough]

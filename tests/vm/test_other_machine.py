@@ -13,8 +13,9 @@ import pytest
 import pytest_asyncio
 
 import lab
+from lab.imagefile import read_sidecar
 from lab.scenario import METHODS
-from lab.sidecar import Sidecar, read_sidecar, sidecar_path
+from lab.sidecar import Sidecar, sidecar_path
 from tests.vm.bench import refusal
 
 pytestmark = [

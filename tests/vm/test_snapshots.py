@@ -10,9 +10,10 @@ import pytest
 
 import lab
 from lab.errors import RestoreError, SnapshotError, UsageError
+from lab.imagefile import MARK_BYTES, read_sidecar
 from lab.oracle import verify_method
 from lab.scenario import METHODS, Variant
-from lab.sidecar import read_sidecar, sidecar_path
+from lab.sidecar import sidecar_path
 from lab.vm import VM
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg", "kvm", "micro-kvm")]
@@ -293,10 +294,16 @@ async def test_damaged_images_are_refused_in_one_line_and_do_not_hang(tmp_path: 
     async with lab.boot(*small(), binary="unpatched") as vm:
         # What QEMU finds by itself; checksums would find the rest.
         await vm.snapshot(image, "stop-and-copy", progress=False, checksums=False)
-    whole, sidecar = image.read_bytes(), sidecar_path(image).read_text()
+    # The mark, by which image and sidecar belong together, stays: QEMU has to find the damage.
+    content, sidecar = image.read_bytes(), sidecar_path(image).read_text()
+    whole, mark = content[:-MARK_BYTES], content[-MARK_BYTES:]
+    size = len(content)
     cut = whole[: len(whole) // 2]
     damages = {
-        "cut": (cut, sidecar.replace(f'"image_bytes": {len(whole)}', f'"image_bytes": {len(cut)}')),
+        "cut": (
+            cut,
+            sidecar.replace(f'"image_bytes": {size}', f'"image_bytes": {len(cut) + MARK_BYTES}'),
+        ),
         "garbage": (b"\xa5" * len(whole), sidecar),
         "hole": (whole[: 1 << 20] + bytes(1 << 20) + whole[2 << 20 :], sidecar),
         "machine type": (whole, sidecar.replace("pc-i440fx", "pc-q35")),
@@ -305,7 +312,7 @@ async def test_damaged_images_are_refused_in_one_line_and_do_not_hang(tmp_path: 
         "other boot": (whole, sidecar.replace('"nonce": "', '"nonce": "1')),
     }
     for damage, (content, description) in damages.items():
-        image.write_bytes(content)
+        image.write_bytes(content + mark)
         sidecar_path(image).write_text(description)
         with pytest.raises(RestoreError) as caught:
             async with lab.restore(image):
