@@ -44,7 +44,9 @@ from lab.guest.protocol import (
 )
 from lab.hostmem import RemoteWindow
 from lab.scenario import METHODS
+from lab.sidecar import sidecar_path
 from lab.snapshot import take
+from lab.stuck import watching
 from lab.vm import VM, RamBlock, restore
 
 CHUNK_BYTES = 8 << 20
@@ -71,7 +73,9 @@ class Verification:
     replay gives (`replay`; None for a workload that can not be replayed, see
     `lab.guest.protocol.REPLAYED_KINDS`, and for a guest that was taken while it booted).
     `faults` is how many writes of the guest the snapshot held up, None where QEMU does not count
-    them.  `detail` is one line about what is wrong, empty when nothing is.
+    them.  `detail` is one line about what is wrong, empty when nothing is.  `stuck` is one line
+    about threads that waited for a page that nobody released (`lab.stuck`); that is not part of
+    the verdict, which is about the image.
     """
 
     method: str
@@ -83,6 +87,7 @@ class Verification:
     replay: WorkingSetCheck | None
     detail: str
     faults: int | None = None
+    stuck: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,38 +113,44 @@ async def verify_method(
     channels: int = 1,
     fault_log: bool = False,
     storage_mib_per_s: int = 0,
+    keep: Path | None = None,
 ) -> Verification:
     """Take a snapshot of `vm` by `method`, restore it elsewhere and compare all of its RAM.
 
     Needs, in `workdir`, room for the image and for all of the guest's pages that are not zero, and
-    host memory for a second guest.  The guest runs on afterwards.  Nothing is left in `workdir`.
+    host memory for a second guest.  The guest runs on afterwards, if it ran before.  Nothing is
+    left in `workdir`.
 
     :param channels: how many threads restore it, see `restore`.
     :param fault_log: log write faults while it is taken, see `VM.snapshot`.
     :param storage_mib_per_s: write the image no faster, see `VM.snapshot`.
+    :param keep: have the image there, and leave it.
     :raise UsageError: when the method does not exist or needs the other QEMU.
     :raise SnapshotError: when the snapshot fails.
     :raise RestoreError: when it can not be restored.
     """
-    image, dump_path = workdir / "verify.snap", workdir / "verify.ram"
+    image, dump_path = keep or workdir / "verify.snap", workdir / "verify.ram"
     dump: _Dump | None = None
 
     async def copy_out() -> None:
         nonlocal dump
         nonce = vm.ready.nonce if vm.is_ready else None
         dump = _Dump(dump_path, await vm.ram_blocks(), nonce)
-        await asyncio.to_thread(_write_dump, vm.pid, dump)
+        # Whoever waits for a page meanwhile waits for the lab.
+        with watch.suspended():
+            await asyncio.to_thread(_write_dump, vm.pid, dump)
 
     try:
-        snapshot = await take(
-            vm,
-            image,
-            method,
-            progress=False,
-            fault_log=fault_log,
-            storage_mib_per_s=storage_mib_per_s,
-            hold=copy_out,
-        )
+        async with watching(vm.pid) as watch:
+            snapshot = await take(
+                vm,
+                image,
+                method,
+                progress=False,
+                fault_log=fault_log,
+                storage_mib_per_s=storage_mib_per_s,
+                hold=copy_out,
+            )
         if dump is None:
             raise SnapshotError(f"{method} never held the guest at its instant")
         # It has no checksums: a byte that is damaged is for the comparison to find.
@@ -149,10 +160,12 @@ async def verify_method(
             verdict = await asyncio.to_thread(_judge, vm, dump, restored.pid, found, how.name)
         # QEMU goes on telling about the last background snapshot after an ordinary migration.
         faults = snapshot.counters.get("faults") if how.mechanism == "background" else None
-        return dataclasses.replace(verdict, faults=faults)
+        return dataclasses.replace(verdict, faults=faults, stuck=watch.finding)
     finally:
-        for path in (image, image.with_name(image.name + ".json"), dump_path):
-            path.unlink(missing_ok=True)
+        dump_path.unlink(missing_ok=True)
+        if keep is None:
+            image.unlink(missing_ok=True)
+            sidecar_path(image).unlink(missing_ok=True)
 
 
 def _chunks(pid: int, block: RamBlock) -> Iterator[tuple[int, Octets]]:

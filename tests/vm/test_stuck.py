@@ -1,0 +1,67 @@
+"""A writer that waits for a page which nobody releases is found, and named.
+
+The kernel, QEMU and the guest are the real ones; the release is held in front of the kernel
+(`gate.py`).
+"""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+import lab
+from lab.oracle import verify_method
+from lab.stuck import watching
+from lab.vm import VM
+from tests.vm.bench import begin, ended, is_left_alone, small, until
+from tests.vm.gate import Gates
+from tests.vm.gate import gates as gates_of_guests
+
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.platforms("tcg", "kvm", "micro-tcg", "micro-kvm"),
+]
+
+ENGINES = ("live", "live-rfc", "live-inline")
+
+
+@pytest.fixture(scope="module")
+def gates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gates]:
+    with gates_of_guests(tmp_path_factory.mktemp("gates")) as made:
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def vm(gates: Gates, platform: str) -> AsyncIterator[VM]:
+    async with lab.boot(*small()) as vm:
+        yield vm
+
+
+@pytest.mark.parametrize("method", ENGINES)
+async def test_a_writer_that_nobody_lets_go_is_found_and_named(
+    vm: VM, gates: Gates, method: str, tmp_path: Path
+) -> None:
+    async with watching(vm.pid) as watch:
+
+        async def found() -> bool:
+            return bool(watch.stuck)
+
+        with gates.held("release"):
+            await begin(vm, method, tmp_path / "image")
+            await until(found)
+        await ended(vm, "completed")
+    assert watch.sees
+    assert watch.finding.startswith("waited over 1 s for one page: CPU 0/")
+    await is_left_alone(vm)
+
+
+async def test_in_an_ordinary_snapshot_nobody_is_stuck_and_the_hold_is_not_counted(
+    vm: VM, tmp_path: Path
+) -> None:
+    for method in ENGINES:
+        found = await verify_method(vm, method, tmp_path)
+        assert found.equal, found.detail
+        assert found.faults
+        assert found.stuck == ""
