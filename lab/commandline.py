@@ -35,14 +35,14 @@ def qemu_command(
     files: DeviceFiles,
     *,
     name: str,
-    machine_type: str = "pc",
+    machine_type: str = "",
     incoming: bool = False,
     paused: bool = False,
 ) -> list[str]:
     """Return the argument vector.
 
     :param machine_type: the versioned type an image was taken on, for a restore; QEMU refuses a
-        stream of another one.
+        stream of another one.  Empty for the newest of the machine's chipset.
     :param incoming: wait for `migrate-incoming` instead of booting.
     :param paused: do not run the vCPUs until told to.
     """
@@ -53,7 +53,8 @@ def qemu_command(
     # Nothing in the machine that the scenario does not name, and nothing from the user's files.
     command += ["-nodefaults", "-no-user-config", "-display", "none"]
     command += ["-sandbox", SANDBOX]
-    command += ["-M", machine_type + machine_option(machine), "-accel", machine.accel + threads]
+    board = (machine_type or machine.chipset) + machine_option(machine)
+    command += ["-M", board, "-accel", machine.accel + threads]
     command += [*ram_arguments(machine), "-smp", str(machine.vcpus)]
     # With the guest's panic=-1 a panic ends QEMU instead of booting again without end.  VM.reset()
     # lifts that until the guest is ready again.
@@ -64,7 +65,9 @@ def qemu_command(
         command += ["-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)]
         command += ["-append", _append(machine, workload)]
     else:
-        command += ["-cpu", micro.CPU_MODEL, "-bios", str(files.rom)]
+        command += ["-cpu", micro.CPU_MODEL]
+        # In flash otherwise.
+        command += [] if machine.flash else ["-bios", str(files.rom)]
     command += device_arguments(machine, files)
     command += _engine_sizes(machine)
     # `defer`: the stream is named over QMP, so that its errors come back as QMP errors.

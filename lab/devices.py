@@ -5,13 +5,21 @@ empty: an image holds memory and the devices' state, and not what was on a disk.
 is made so that it does not mind.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.errors import HostError
+from lab.qemu.build import FIRMWARE_DIRS
 from lab.scenario import Machine
 
 DISK_MIB = 64
 """The scratch disk; as a file it takes only what the guest has written."""
+
+FLASH_BYTES = 128 << 10
+"""The flash that is written to, below that of the firmware."""
+
+_FIRMWARE = "bios-256k.bin"
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,45 @@ class DeviceFiles:
         """The socket on which QEMU serves VNC."""
         return self.folder / "vnc"
 
+    @property
+    def firmware(self) -> Path:
+        """The flash that the machine boots from."""
+        return self.rom if self.rom.exists() else self.folder / "firmware"
+
+    @property
+    def flash(self) -> Path:
+        """The flash that is written to."""
+        return self.folder / "flash"
+
+    @property
+    def flash_port(self) -> Path:
+        """The socket by which QEMU is told to write to the flash."""
+        return self.folder / "flash-port"
+
     def create(self, machine: Machine) -> None:
-        """Create what QEMU does not create itself."""
+        """Create what QEMU does not create itself; the microguest's ROM is there before.
+
+        :raise HostError: when the firmware is nowhere that QEMU looks for it.
+        """
         if machine.disk != "none":
             with self.disk.open("xb") as file:
                 file.truncate(DISK_MIB << 20)
+        if machine.flash:
+            if not self.rom.exists():
+                self.firmware.write_bytes(find_firmware().read_bytes())
+            self.flash.write_bytes(b"\xff" * FLASH_BYTES)
+
+
+def find_firmware(folders: Sequence[Path] = FIRMWARE_DIRS) -> Path:
+    """Return the firmware that a machine boots from which has it in flash.
+
+    :raise HostError: when it is nowhere that QEMU looks for it.
+    """
+    for folder in folders:
+        path = folder / _FIRMWARE
+        if path.is_file():
+            return path
+    raise HostError(f"there is no {_FIRMWARE} to put into flash", "install seabios")
 
 
 def device_arguments(machine: Machine, files: DeviceFiles) -> list[str]:
@@ -56,8 +98,22 @@ def device_arguments(machine: Machine, files: DeviceFiles) -> list[str]:
     if machine.vnc:
         arguments += ["-device", "VGA", "-vnc", f"unix:{_escaped(files.vnc)}"]
     if machine.balloon:
-        arguments += ["-device", "virtio-balloon-pci"]
+        reporting = ",free-page-reporting=on" if machine.balloon_reporting else ""
+        arguments += ["-device", f"virtio-balloon-pci{reporting}"]
+    if machine.undriven:
+        arguments += ["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]
+    if machine.flash:
+        arguments += _flash(files)
     return arguments
+
+
+def _flash(files: DeviceFiles) -> list[str]:
+    arguments = []
+    for unit, path in enumerate((files.firmware, files.flash)):
+        arguments += ["-drive", f"if=pflash,unit={unit},format=raw,file={_escaped(path)}"]
+    # By this QEMU writes to guest memory itself when it is told to; the accelerator is not changed.
+    port = f"socket,id=flash-port,path={_escaped(files.flash_port)},server=on,wait=off"
+    return [*arguments, "-chardev", port, "-qtest", "chardev:flash-port"]
 
 
 def _disk(machine: Machine, files: DeviceFiles) -> list[str]:
@@ -68,11 +124,13 @@ def _disk(machine: Machine, files: DeviceFiles) -> list[str]:
     arguments = ["-drive", drive]
     if machine.disk == "ide":
         return [*arguments, "-device", "ide-hd,drive=disk"]
-    device = "virtio-blk-pci,drive=disk"
+    thread = ""
     if machine.disk_iothread:
         arguments += ["-object", "iothread,id=disk-thread"]
-        device += ",iothread=disk-thread"
-    return [*arguments, "-device", device]
+        thread = ",iothread=disk-thread"
+    if machine.disk == "scsi":
+        return [*arguments, "-device", f"virtio-scsi-pci{thread}", "-device", "scsi-hd,drive=disk"]
+    return [*arguments, "-device", f"virtio-blk-pci,drive=disk{thread}"]
 
 
 def _escaped(path: Path) -> str:

@@ -34,7 +34,8 @@ else:
 Accel = Literal["tcg", "kvm", "auto"]
 GuestKind = Literal["linux", "micro"]
 RamKind = Literal["anon", "memfd", "memfd-private", "file", "file-private", "hugetlb"]
-DiskKind = Literal["none", "ide", "virtio"]
+Chipset = Literal["pc", "q35"]
+DiskKind = Literal["none", "ide", "virtio", "scsi"]
 DiskCache = Literal["writeback", "none"]
 DiskAio = Literal["threads", "native"]
 WorkloadKind = Literal[
@@ -73,6 +74,20 @@ DEFAULT_CHUNK_KIB = 2048
 MAX_VCPUS = 255
 """The limit of QEMU's `pc` machine type."""
 
+THREADED_DISKS: tuple[DiskKind, ...] = ("virtio", "scsi")
+"""Disks that may be served in a thread of their own."""
+
+BOOLEAN_DEVICES = (
+    "disk_iothread",
+    "net",
+    "vnc",
+    "balloon",
+    "balloon_reporting",
+    "flash",
+    "undriven",
+)
+"""Parameters of a machine that say whether there is something or not."""
+
 
 def _require(condition: bool, cause: str, remedy: str) -> None:
     if not condition:
@@ -101,7 +116,10 @@ def _require_strings(name: str, value: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The virtual machine: a QEMU `pc` with RAM, vCPUs, a serial port, and the devices named here.
+    """The virtual machine: RAM, vCPUs, a serial port, and the devices named here.
+
+    `chipset` is QEMU's machine type, `pc` (i440FX) or `q35`, of whose versions QEMU takes its
+    newest.
 
     `guest` is what runs in it: a Linux that runs the workload as a program, or the microguest,
     which is the workload and nothing else: no kernel, no devices, and a vCPU for each writer.  It
@@ -116,8 +134,14 @@ class Machine:
 
     A device that is there is also used: the guest reads and writes its disk past its own cache,
     exchanges packets with QEMU's user network (which leads nowhere else), and draws on the
-    screen that `vnc` shows; a balloon is moved from outside.  `lab.devices` builds them.  The disk
-    is a scratch disk: empty at every boot, and at every restore, because an image is of memory.
+    screen that `vnc` shows; a balloon is moved from outside, and told of free pages by the guest
+    itself with `balloon_reporting`.  `lab.devices` builds them.  The disk is a scratch disk: empty
+    at every boot, and at every restore, because an image is of memory.
+
+    Two are not the guest's to use, so the microguest may have them as well: `flash`, which the
+    machine then boots its firmware from, and a second one that the lab writes to (`lab.flash`);
+    and with `undriven` a random number generator and a serial port of virtio, which no guest of
+    the lab has a driver for.
 
     `fault_around_pages` and `chunk_kib` are sizes of the engine `copy`, which only the patched QEMU
     has: how many pages a fault takes along (0: the engine chooses by how densely the guest writes),
@@ -140,19 +164,27 @@ class Machine:
     thp: bool | None = field(
         default=None, metadata={"help": "transparent huge pages for guest RAM (host's policy)"}
     )
+    chipset: Chipset = field(default="pc", metadata={"help": "QEMU's machine type"})
     disk: DiskKind = field(default="none", metadata={"help": "a scratch disk that the guest uses"})
     disk_cache: DiskCache = field(
         default="writeback", metadata={"help": "the disk's cache mode; none bypasses the host's"}
     )
     disk_aio: DiskAio = field(default="threads", metadata={"help": "who does the disk's I/O"})
     disk_iothread: bool = field(
-        default=False, metadata={"help": "serve the virtio disk in a thread of its own"}
+        default=False, metadata={"help": "serve the virtio or scsi disk in a thread of its own"}
     )
     net: bool = field(default=False, metadata={"help": "a virtio network card that the guest uses"})
     vnc: bool = field(
         default=False, metadata={"help": "a screen that the guest draws on, served by VNC"}
     )
     balloon: bool = field(default=False, metadata={"help": "a virtio balloon"})
+    balloon_reporting: bool = field(
+        default=False, metadata={"help": "have the guest report free pages to the balloon"}
+    )
+    flash: bool = field(default=False, metadata={"help": "boot from flash, with more beside it"})
+    undriven: bool = field(
+        default=False, metadata={"help": "virtio devices that the guest has no driver for"}
+    )
     fault_around_pages: int = field(
         default=0, metadata={"help": "pages that a fault takes along, engine copy; 0: it chooses"}
     )
@@ -181,7 +213,8 @@ class Machine:
             "RAM of huge pages can not have transparent ones",
             "leave thp unset, or use another ram_kind",
         )
-        for name in ("disk_iothread", "net", "vnc", "balloon"):
+        _require_choice("chipset", self.chipset, Chipset)
+        for name in BOOLEAN_DEVICES:
             _require_bool(name, getattr(self, name))
         self._check_guest()
         self._check_disk()
@@ -213,16 +246,26 @@ class Machine:
             f"the microguest has no driver for {', '.join(used)}",
             "use guest linux, or leave devices unset",
         )
+        _require(
+            self.balloon or not self.balloon_reporting,
+            "free pages are to be reported and there is no balloon",
+            "ask for a balloon as well, or leave balloon_reporting unset",
+        )
 
     def _check_disk(self) -> None:
         _require_choice("disk", self.disk, DiskKind)
+        _require(
+            self.disk != "ide" or self.chipset == "pc",
+            "a q35 has no IDE disk but an AHCI one, which the guest's kernel has no driver for",
+            "choose disk virtio or scsi, or chipset pc",
+        )
         _require_choice("disk_cache", self.disk_cache, DiskCache)
         _require_choice("disk_aio", self.disk_aio, DiskAio)
         described = (self.disk_cache, self.disk_aio, self.disk_iothread)
         _require(
             self.disk != "none" or described == ("writeback", "threads", False),
             "disk_cache, disk_aio or disk_iothread is given and there is no disk",
-            "choose disk ide or virtio as well",
+            "choose disk ide, virtio or scsi as well",
         )
         _require(
             self.disk_aio != "native" or self.disk_cache == "none",
@@ -230,9 +273,9 @@ class Machine:
             "use disk_cache none, or disk_aio threads",
         )
         _require(
-            not self.disk_iothread or self.disk == "virtio",
+            not self.disk_iothread or self.disk in THREADED_DISKS,
             f"an {self.disk} disk can not have an I/O thread",
-            "choose disk virtio, or leave disk_iothread unset",
+            f"choose disk {' or '.join(THREADED_DISKS)}, or leave disk_iothread unset",
         )
 
 

@@ -176,7 +176,7 @@ SUMMARY_FIELDS: dict[str, Column] = {
     "rate_ops_per_s": Column(
         "1/s", "operations that the guest was to do in a second; 0: as many as it could"
     ),
-    "disk": Column("", "scratch disk that the guest uses: none, ide or virtio"),
+    "disk": Column("", "scratch disk that the guest uses: none, ide, virtio or scsi"),
     "disk_cache": Column("", "its cache mode in QEMU; null without a disk, like the next two"),
     "disk_aio": Column("", "who does its I/O: QEMU's threads, or the kernel (native)"),
     "disk_iothread": Column("", "whether a thread of its own serves it"),

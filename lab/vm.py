@@ -443,10 +443,12 @@ class VM:
 
     async def _find_machine_type(self) -> None:
         for machine in await self.execute("query-machines"):
-            if machine.get("alias") == "pc":
+            if machine.get("alias") == self.machine.chipset:
                 self.machine_type = str(machine["name"])
                 return
-        raise QmpError("this QEMU has no machine type pc", "build it with `lab build`")
+        raise QmpError(
+            f"this QEMU has no machine type {self.machine.chipset}", "build it with `lab build`"
+        )
 
     async def _quit(self) -> None:
         if self.process.exit_code is None and not self.qmp.is_lost:
@@ -527,7 +529,7 @@ async def _launched(
     machine: Machine,
     workload: Workload,
     *,
-    machine_type: str = "pc",
+    machine_type: str = "",
     incoming: bool = False,
     paused: bool = False,
 ) -> AsyncIterator[VM]:
@@ -544,9 +546,9 @@ async def _launched(
         for sock in (qmp_socket, serial_socket, qmp_child, serial_child):
             stack.callback(sock.close)
         files = DeviceFiles(stack.enter_context(private_folder("lab-devices-")))
-        files.create(machine)
         if isinstance(guest, micro.Microguest):
             files.rom.write_bytes(micro.rom_for(guest.rom.read_bytes(), machine, workload))
+        files.create(machine)
         command = qemu_command(
             binary.path,
             machine,

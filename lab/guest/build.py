@@ -184,6 +184,10 @@ def _read_kernel(path: Path) -> _Kernel:
     return _Kernel(path=path, version=version, sha256=sha256_of(path), modules=None)
 
 
+def _drivers() -> set[str]:
+    return {name for names in modules.DRIVERS.values() for name in names}
+
+
 def _override_kernel() -> _Kernel | None:
     name = os.environ.get("LAB_GUEST_KERNEL")
     if not name:
@@ -199,6 +203,8 @@ def _override_kernel() -> _Kernel | None:
 def _cached_kernel() -> _Kernel | None:
     try:
         stamp = json.loads((_directory() / "kernel.json").read_text())
+        if not _drivers() <= set(stamp["drivers"]):
+            return None  # unpacked when the guest had other devices: some modules may be missing
         kernel = _Kernel(
             path=_directory() / stamp["path"],
             version=stamp["version"],
@@ -245,6 +251,7 @@ async def _fetch_kernel(say: Progress) -> _Kernel:
             "path": str(target.relative_to(_directory())),
             "modules": str(folder.relative_to(_directory())),
             "package": package.name,
+            "drivers": sorted(_drivers()),
         }
         (work / "stamp").write_text(json.dumps(stamp, indent=1) + "\n")
         (work / "stamp").replace(_directory() / "kernel.json")

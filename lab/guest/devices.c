@@ -125,11 +125,14 @@ static void load_list(const char *list)
 
 void load_drivers(const struct devices *devices)
 {
+    static const char *const DISK_LISTS[] = {
+        [DISK_IDE] = "disk-ide", [DISK_VIRTIO] = "disk-virtio", [DISK_SCSI] = "disk-scsi"};
+
     if (devices->disk) {
         if (mount("dev", "/dev", "devtmpfs", 0, NULL) && errno != EBUSY) {
             fail("what=mount errno=%d", errno);
         }
-        load_list(devices->disk == DISK_IDE ? "disk-ide" : "disk-virtio");
+        load_list(DISK_LISTS[devices->disk]);
     }
     if (devices->net) {
         load_list("net");
@@ -244,7 +247,7 @@ static int open_disk(const char *path)
 static void start_disk(enum disk kind, uint64_t seed)
 {
     static struct disk_user users[DISK_THREADS];
-    int fd = open_disk(kind == DISK_IDE ? "/dev/sda" : "/dev/vda");
+    int fd = open_disk(kind == DISK_VIRTIO ? "/dev/vda" : "/dev/sda");
     uint64_t bytes = 0;
 
     if (ioctl(fd, BLKGETSIZE64, &bytes)) {

@@ -14,6 +14,7 @@ from pathlib import Path
 DRIVERS: Mapping[str, tuple[str, ...]] = {
     "disk-ide": ("ata_piix", "sd_mod"),
     "disk-virtio": ("virtio_pci", "virtio_blk"),
+    "disk-scsi": ("virtio_pci", "virtio_scsi", "sd_mod"),
     "net": ("virtio_pci", "virtio_net"),
     "balloon": ("virtio_pci", "virtio_balloon"),
 }

@@ -113,7 +113,7 @@ KERNEL_PARAMETERS: tuple[str, ...] = (
 )
 
 
-DISKS = ("none", "ide", "virtio")
+DISKS = ("none", "ide", "virtio", "scsi")
 
 
 def kernel_command_line(
@@ -137,7 +137,7 @@ def kernel_command_line(
     :param seed: of the sequence of pages; the same seed gives the same sequence.
     :param time_writes: whether the writers time their operations.
     :param rate_ops_per_s: how many operations all writers do in a second; 0 is as many as they can.
-    :param disk: the disk to put load on: "none", "ide" or "virtio".
+    :param disk: the disk to put load on: one of `DISKS`.
     :param net: exchange packets over the first network card.
     :param display: draw on the screen.
     :param balloon: load the balloon's driver.

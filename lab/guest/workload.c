@@ -184,7 +184,7 @@ struct parameters {
     struct devices devices;
 };
 
-static const char *const DISK_NAMES[] = {"none", "ide", "virtio"};
+static const char *const DISK_NAMES[] = {"none", "ide", "virtio", "scsi"};
 
 volatile uint64_t *progress;
 static volatile uint64_t *latency; /* the latency page, or NULL */

@@ -12,7 +12,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum disk { DISK_NONE = 0, DISK_IDE = 1, DISK_VIRTIO = 2 };
+enum disk { DISK_NONE = 0, DISK_IDE = 1, DISK_VIRTIO = 2, DISK_SCSI = 3 };
 
 /* Which devices to put load on. */
 struct devices {

@@ -61,6 +61,10 @@ _log = logging.getLogger(__name__)
 
 _NO_DEBUG_INFO = "--disable-debug-info"
 TARGETS = ("qemu-system-x86_64", "qemu-img")
+# Debian's source has no firmware; these are its seabios, ipxe-qemu and qemu-system-data.
+FIRMWARE_DIRS = tuple(
+    Path(folder) for folder in ("/usr/share/qemu", "/usr/share/seabios", "/usr/lib/ipxe/qemu")
+)
 FLAGS = (
     "--target-list=x86_64-softmmu",
     "--without-default-features",
@@ -88,8 +92,7 @@ FLAGS = (
     "--disable-download",
     "--disable-install-blobs",
     _NO_DEBUG_INFO,
-    # Debian's source has no firmware; these are its seabios, ipxe-qemu and qemu-system-data.
-    "--firmwarepath=/usr/share/qemu:/usr/share/seabios:/usr/lib/ipxe/qemu",
+    f"--firmwarepath={':'.join(map(str, FIRMWARE_DIRS))}",
 )
 SANITIZER_FLAGS: Mapping[Sanitizer, tuple[str, ...]] = {
     "address": ("--enable-asan", "--enable-ubsan", "--enable-debug-info"),

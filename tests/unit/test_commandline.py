@@ -48,6 +48,14 @@ def option(command: list[str], name: str) -> str:
     return command[command.index(name) + 1]
 
 
+def test_the_chipset_is_the_machine_type_unless_a_version_is_asked_for() -> None:
+    arguments = (Path("/qemu"), Machine(chipset="q35"), Workload("idle"), GUEST)
+    rest = (Channels(qmp=5, serial=6), DeviceFiles(Path("/files")))
+    assert option(qemu_command(*arguments, *rest, name="x"), "-M").startswith("q35,")
+    old = qemu_command(*arguments, *rest, name="x", machine_type="pc-q35-9.0")
+    assert option(old, "-M").startswith("pc-q35-9.0,")
+
+
 def test_anonymous_ram_is_qemus_own() -> None:
     command = command_for(Machine(ram_mib=512))
     assert option(command, "-M") == "pc-i440fx-10.0,mem-merge=off"

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from lab.devices import DISK_MIB, DeviceFiles, device_arguments
+from lab.devices import DISK_MIB, FLASH_BYTES, DeviceFiles, device_arguments, find_firmware
+from lab.errors import HostError
 from lab.scenario import Machine
 
 ALL = Machine(disk="virtio", disk_cache="none", disk_aio="native", disk_iothread=True, net=True,
-              vnc=True, balloon=True)  # fmt: skip
+              vnc=True, balloon=True, balloon_reporting=True, flash=True,
+              undriven=True)  # fmt: skip
 
 
 def arguments_for(machine: Machine, folder: str = "/f") -> list[str]:
@@ -39,6 +41,38 @@ def test_the_disk_is_as_asked_for() -> None:
         *("-object", "iothread,id=disk-thread"),
         *("-device", "virtio-blk-pci,drive=disk,iothread=disk-thread"),
     ]
+
+
+def test_a_scsi_disk_is_behind_a_controller_which_may_have_a_thread() -> None:
+    assert arguments_for(Machine(disk="scsi"))[2:] == [
+        *("-device", "virtio-scsi-pci", "-device", "scsi-hd,drive=disk"),
+    ]
+    assert arguments_for(Machine(disk="scsi", disk_iothread=True))[2:] == [
+        *("-object", "iothread,id=disk-thread"),
+        *("-device", "virtio-scsi-pci,iothread=disk-thread", "-device", "scsi-hd,drive=disk"),
+    ]
+
+
+def test_a_balloon_is_told_of_free_pages_where_that_is_asked_for() -> None:
+    assert arguments_for(Machine(balloon=True))[-1] == "virtio-balloon-pci"
+    told = Machine(balloon=True, balloon_reporting=True)
+    assert arguments_for(told)[-1] == "virtio-balloon-pci,free-page-reporting=on"
+
+
+def test_the_firmware_is_in_flash_and_below_it_is_what_is_written_to(tmp_path: Path) -> None:
+    arguments = arguments_for(Machine(flash=True))
+    assert arguments[:4] == [
+        *("-drive", "if=pflash,unit=0,format=raw,file=/f/firmware"),
+        *("-drive", "if=pflash,unit=1,format=raw,file=/f/flash"),
+    ]
+    # The microguest's ROM is its firmware.
+    files = DeviceFiles(tmp_path)
+    files.rom.write_bytes(b"rom")
+    files.create(Machine(guest="micro", flash=True))
+    assert files.firmware == files.rom
+    assert files.flash.stat().st_size == FLASH_BYTES
+    with pytest.raises(HostError, match="install seabios"):
+        find_firmware([tmp_path])
 
 
 def test_the_network_leads_nowhere() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lab.errors import UsageError
 from lab.scenario import (
+    BOOLEAN_DEVICES,
     DEFAULT_CHUNK_KIB,
     METHODS,
     MIN_RAM_MIB,
@@ -35,7 +36,7 @@ from lab.scenario import (
 disks: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.just({}),
     st.fixed_dictionaries(
-        {"disk": st.sampled_from(["ide", "virtio"])},
+        {"disk": st.sampled_from(["ide", "virtio", "scsi"])},
         optional={"disk_cache": st.sampled_from(["writeback", "none"])},
     ),
     st.just({"disk": "virtio", "disk_cache": "none", "disk_aio": "native", "disk_iothread": True}),
@@ -45,7 +46,10 @@ machines = st.builds(
     disks,
     net=st.booleans(),
     vnc=st.booleans(),
-    balloon=st.booleans(),
+    balloon=st.just(True),
+    balloon_reporting=st.booleans(),
+    flash=st.booleans(),
+    undriven=st.booleans(),
     ram_mib=st.integers(MIN_RAM_MIB["linux"], 65536),
     vcpus=st.integers(1, 8),
     accel=st.sampled_from(["tcg", "kvm"]),
@@ -118,7 +122,8 @@ def test_flags_default_to_the_fields_and_set_every_field(
     argv += [f"--disk={machine.disk}", f"--disk-cache={machine.disk_cache}"]
     argv += [f"--disk-aio={machine.disk_aio}", f"--chunk-kib={machine.chunk_kib}"]
     argv += [f"--fault-around-pages={machine.fault_around_pages}"]
-    for name in ("disk_iothread", "net", "vnc", "balloon"):
+    argv.append(f"--chipset={machine.chipset}")
+    for name in BOOLEAN_DEVICES:
         flag = name.replace("_", "-")
         argv.append(f"--{flag}" if getattr(machine, name) else f"--no-{flag}")
     argv += [f"--workload={workload.kind}", f"--wss-mib={workload.wss_mib}"]
@@ -255,6 +260,9 @@ def test_an_unknown_key_deep_inside_is_refused() -> None:
         lambda: Machine(disk_iothread=True),
         lambda: Machine(disk="virtio", disk_aio="native"),
         lambda: Machine(disk="ide", disk_iothread=True),
+        lambda: Machine(disk="ide", chipset="q35"),
+        lambda: Machine(chipset="isapc"),  # type: ignore[arg-type]
+        lambda: Machine(balloon_reporting=True),
         lambda: Machine(chunk_kib=300),
         lambda: Machine(chunk_kib=128),
         lambda: Machine(fault_around_pages=3),
