@@ -10,14 +10,16 @@ What makes a trial simpler stands in `SIMPLER`: a trial that fails is simplified
 (`lab.shrink`), and the seed with the names of what was simplified gives it again.
 
 What is drawn for a machine stands in `MACHINE`, by field.  A new field of `Machine` is drawn once
-it is listed there, and `_reconcile` knows what it does not go together with.
+it is listed there, and `_reconcile` knows what it does not go together with.  What is never drawn,
+and why, stands in `NEVER_DRAWN`.
 """
 
 import random
+import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 from lab.errors import UsageError
 from lab.scenario import (
@@ -26,7 +28,9 @@ from lab.scenario import (
     METHODS,
     PAGE_KIB,
     RAM_RESERVE_MIB,
+    THREADED_DISKS,
     Accel,
+    Chipset,
     DiskAio,
     DiskCache,
     GuestKind,
@@ -41,22 +45,49 @@ from lab.scenario import (
 
 _T = TypeVar("_T")
 
+VERSION = 2
+"""Of what a seed gives.  It rises whenever some seed gives another trial than before, so that a
+record or a command of an earlier version is not taken for what it can no longer repeat."""
+
+GuestChoice = Literal["linux", "micro", "any"]
+RunState = Literal["running", "paused", "prelaunch"]
+
 # Small, because every byte is copied, restored and compared; what is in them is varied enough.
 RAM_MIB = (128, 192, 256)
 MAX_RAM_MIB = max(RAM_MIB)
+LARGE_RAM_MIB = 3840
+"""Now and then so much, of which a part is above the first 4 GiB of addresses on either chipset.
+It takes seconds to compare, although nearly nothing of it was ever written."""
+LARGE = (False,) * 29 + (True,)
+LARGE_RAM_KINDS = ("anon", "memfd", "file")
+"""Private mappings of files are read into memory in full, and huge pages are reserved in full."""
+
+GUESTS: tuple[tuple[GuestKind, Accel], ...] = (
+    *(("linux", "tcg"),) * 2,
+    ("linux", "kvm"),
+    ("micro", "tcg"),
+    *(("micro", "kvm"),) * 2,
+)
+"""What runs in a guest, and under what, when both are drawn."""
+
+CHIPSETS: tuple[Chipset, ...] = ("pc", "pc", "q35")
 
 MACHINE: Mapping[str, Sequence[Any]] = {
     "ram_mib": RAM_MIB,
     "vcpus": (1, 2, 3, 4),
     "ram_kind": typing.get_args(RamKind),
     "thp": (None, True, False),
-    "disk": ("none", "ide", "virtio", "virtio"),
+    "chipset": CHIPSETS,
+    "disk": ("none", "ide", "virtio", "virtio", "scsi", "scsi"),
     "disk_cache": typing.get_args(DiskCache),
     "disk_aio": typing.get_args(DiskAio),
     "disk_iothread": (False, True),
     "net": (False, True),
     "vnc": (False, True),
     "balloon": (False, True),
+    "balloon_reporting": (False, True),
+    "flash": (False, False, True),
+    "undriven": (False, False, True),
 }
 
 WORKLOAD: Mapping[str, Sequence[Any]] = {
@@ -88,19 +119,72 @@ BUFFER_MIB = (4, 8, 32)
 VARIANTS: tuple[Variant, ...] = ("patched",) * 7 + ("unpatched",)
 COPY_WEIGHT = 3
 """How often the engine `copy` is drawn for once another: it has most to go wrong."""
-SHOTS = (1, 2, 3, 4)
+SHOTS = (1, 2, 3, 4, 4)
 CHANNELS = (1, 2, 4)
 BALLOON_MIB = (0, 8, 32)
 """How much the balloon takes while the rest of RAM is being saved, of a machine that has one."""
 RESET = (False,) * 9 + (True,)
 """Whether the machine is reset, and the guest taken while it boots."""
+RUN_STATES: tuple[RunState, ...] = (*("running",) * 11, "paused")
+"""What state the guest is taken in.  `prelaunch`, which is that of a guest that was stopped and
+reset, is drawn on request."""
+RESTORED = (False, False, False, True)
+"""Whether the guest is first replaced by what the snapshot before restores."""
+CHAIN = (False,) * 7 + (True,)
+"""Whether it is before each of its snapshots: one generation after the other."""
+KEEP = (False, False, True)
+"""Whether images stay on the disk, and guests that were replaced go on running, to the end."""
+KSM = (False,) * 7 + (True,)
+"""Whether the kernel merges equal pages meanwhile, as fast as it can."""
+PRESSURE = (False,) * 7 + (True,)
+"""Whether QEMU may have less memory than it uses, so that the kernel swaps some of it out."""
+
+NEVER_DRAWN: Mapping[str, str] = types.MappingProxyType(
+    {
+        "devices that other processes serve (vhost-user, vDPA, nvme://, shared RAM files)": (
+            "they write to memory past QEMU, so that a live snapshot of them is refused"
+        ),
+        "a q35 with its own AHCI disk": "the guest's kernel has no driver for it",
+        "RAM above 4 GiB with the microguest, or with private files or huge pages": (
+            "the former has no use for it, the latter allocate all of it"
+        ),
+        "huge pages of 1 GiB": "few hosts can reserve one",
+        "PCI passthrough (VFIO), a TPM, USB, sound, a second disk": (
+            "the lab's QEMU is built without them"
+        ),
+        "the run states io-error, debug, watchdog, guest-panicked, suspended and the like": (
+            "each takes an arrangement of its own, which the tests make"
+        ),
+        "hotplug of devices, CPUs or memory": "QEMU refuses it during a snapshot",
+        "a disk for images that is slow, full or does not answer": "the tests of failures have it",
+        "a guest other than the lab's": "its memory could not be checked against a replay",
+        "flash, a reset, or an I/O thread with the unpatched QEMU": (
+            "known faults of it, which the patches repair"
+        ),
+    }
+)
+"""What no seed gives, and why."""
 
 SIMPLER: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]] = {
+    "ksm": ({}, {}, {}),
+    "pressure": ({}, {}, {}),
+    "keep": ({}, {}, {}),
+    "generations": ({}, {}, {"restored": False}),
+    "run-state": ({}, {}, {"state": "running"}),
     "devices": (
-        {"disk": "none", "net": False, "vnc": False, "balloon": False},
+        {
+            "disk": "none",
+            "net": False,
+            "vnc": False,
+            "balloon": False,
+            "balloon_reporting": False,
+            "flash": False,
+            "undriven": False,
+        },
         {},
         {"balloon_mib": 0},
     ),
+    "chipset": ({"chipset": "pc"}, {}, {}),
     "reset": ({}, {}, {"reset": False}),
     "vcpus": ({"vcpus": 1}, {"threads": 1}, {}),
     "workload": ({}, {"kind": "random", "time_writes": False, "rate_ops_per_s": 0}, {}),
@@ -112,7 +196,8 @@ SIMPLER: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, A
     "fault-log": ({}, {}, {"log_faults": False}),
     "channels": ({}, {}, {"channels": 1}),
 }
-"""What replaces what was drawn for the machine, the workload, and each snapshot."""
+"""What replaces what was drawn for the machine, the workload, and each snapshot; those that replace
+nothing are of the trial as a whole.  What keeps something else from being drawn comes before it."""
 
 # The guest refuses a working set that leaves it less; more than a `Scenario` asks for, because
 # every vCPU and every page of the working set takes some for itself.
@@ -135,6 +220,18 @@ class Offer:
     """Where images are written."""
     disk_direct_io: bool = True
     """And where the scratch disks are."""
+    large_ram: bool = True
+    """Memory for two guests of `LARGE_RAM_MIB`."""
+    flash: bool = True
+    """Firmware to put there."""
+    ksm: bool = True
+    """Permission to have it merge pages."""
+    pressure: bool = True
+    """Swap, and permission to limit QEMU's memory."""
+    kvm_guests: frozenset[str] = frozenset(typing.get_args(GuestKind))
+    """Which guests run under KVM."""
+    lacking: Mapping[str, str] = field(default_factory=dict)
+    """What is not offered, and why not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +243,12 @@ class Choice:
 
     methods: tuple[str, ...] = tuple(METHODS)
     ram_kinds: tuple[str, ...] = typing.get_args(RamKind)
-    guest: GuestKind = "linux"
-    """Not drawn, like the next: a guest under KVM is not everywhere, and another one is another
+    guest: GuestChoice = "linux"
+    """Drawn only when it is "any": a guest under KVM is not everywhere, and another one is another
     test."""
     accel: Accel = "tcg"
+    """Drawn only when it is "auto", which goes with any guest."""
+    states: tuple[RunState, ...] = RUN_STATES
     only_shot: int = 0
     """Of a guest's snapshots take the one of this number, from 1, and no other; 0 takes all."""
     simplify: tuple[str, ...] = ()
@@ -163,11 +262,18 @@ class Choice:
                 )
         if self.only_shot < 0:
             raise UsageError(f"a snapshot of number {self.only_shot}", "count from 1")
-        if self.guest not in typing.get_args(GuestKind) or self.accel not in ("tcg", "kvm"):
+        accels = typing.get_args(Accel) if self.guest == "any" else ("tcg", "kvm")
+        if self.guest not in typing.get_args(GuestChoice) or self.accel not in accels:
             raise UsageError(
                 f"a guest {self.guest!r} under {self.accel!r}",
-                "choose linux or micro, and tcg or kvm",
+                "choose linux or micro, and tcg or kvm; or any, and tcg, kvm or auto",
             )
+        for state in self.states:
+            if state not in typing.get_args(RunState):
+                raise UsageError(
+                    f"unknown run state {state!r}",
+                    f"choose from: {', '.join(typing.get_args(RunState))}",
+                )
         for name in self.methods:
             method(name)
         for kind in self.ram_kinds:
@@ -176,8 +282,10 @@ class Choice:
                     f"unknown ram_kind {kind!r}",
                     f"choose from: {', '.join(typing.get_args(RamKind))}",
                 )
-        if not self.methods or not self.ram_kinds:
-            raise UsageError("nothing to draw from", "name a method and a ram_kind, or leave both")
+        if not self.methods or not self.ram_kinds or not self.states:
+            raise UsageError(
+                "nothing to draw from", "name a method, a ram_kind and a run state, or leave them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +295,8 @@ class Shot:
     `buffer_mib` is the copy buffer's size, `log_faults` whether QEMU logs them, and `channels` how
     many threads restore the image.  `balloon_mib` is what the balloon is told to take as soon as
     the guest goes on, and `reset` whether the guest is reset first, and so taken while it boots.
+    `state` is the run state that it is taken in, and `restored` whether the guest is first replaced
+    by what the snapshot before restores.
     """
 
     method: str
@@ -195,17 +305,27 @@ class Shot:
     channels: int
     balloon_mib: int
     reset: bool
+    state: RunState
+    restored: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One guest and the snapshots to take of it, in order."""
+    """One guest and the snapshots to take of it, in order.
+
+    With `keep` all images stay on the disk to the end, and a guest that was replaced by a restored
+    one runs on beside it.  With `ksm` the kernel merges equal pages meanwhile, with `pressure` it
+    gives QEMU less memory than that uses.
+    """
 
     seed: int
     machine: Machine
     workload: Workload
     variant: Variant
     shots: tuple[Shot, ...]
+    keep: bool
+    ksm: bool
+    pressure: bool
 
 
 class _Draft:
@@ -227,11 +347,13 @@ def draw(seed: int, choice: Choice | None = None, offer: Offer | None = None) ->
     choice, offer = choice or Choice(), offer or Offer()
     draft = _Draft(seed)
     machine = draft.draw_all({**MACHINE, "ram_kind": choice.ram_kinds})
-    machine |= {"guest": choice.guest, "accel": choice.accel}
+    if draft.draw("large", LARGE):
+        machine["ram_mib"] = LARGE_RAM_MIB
+    machine["guest"], machine["accel"] = _draw_guest(draft, choice, offer)
     workload = draft.draw_all(WORKLOAD)
     workload["kind"] = draft.draw("kind 2", LATER_KINDS) or workload["kind"]
     workload["seed"] = draft.draw("workload seed", range(1, 1 << 32))
-    if choice.guest == "micro":
+    if machine["guest"] == "micro":
         workload |= draft.draw_all(MICRO)
     variants = [
         variant
@@ -257,9 +379,16 @@ def draw(seed: int, choice: Choice | None = None, offer: Offer | None = None) ->
             "channels": draft.draw(f"channels {index}", CHANNELS),
             "balloon_mib": draft.draw(f"balloon {index}", BALLOON_MIB),
             "reset": draft.draw(f"reset {index}", RESET),
+            "state": draft.draw(f"state {index}", choice.states),
+            "restored": draft.draw("chain", CHAIN) or draft.draw(f"restored {index}", RESTORED),
         }
         for index in range(draft.draw("shots", SHOTS))
     ]
+    whole = {
+        "keep": draft.draw("keep", KEEP),
+        "ksm": draft.draw("ksm", KSM) and offer.ksm,
+        "pressure": draft.draw("pressure", PRESSURE) and offer.pressure,
+    }
     if choice.only_shot:
         if choice.only_shot > len(shots):
             raise UsageError(
@@ -270,6 +399,7 @@ def draw(seed: int, choice: Choice | None = None, offer: Offer | None = None) ->
         shots = [shots[choice.only_shot - 1]]
     for name in choice.simplify:
         _simplify(name, machine, workload, sizes, shots)
+    whole |= dict.fromkeys(whole.keys() & set(choice.simplify), False)
     _reconcile(machine, workload, variant, sizes, shots, offer)
     return Trial(
         seed=seed,
@@ -277,7 +407,16 @@ def draw(seed: int, choice: Choice | None = None, offer: Offer | None = None) ->
         workload=Workload(**workload),
         variant=variant,
         shots=tuple(Shot(**shot) for shot in shots),
+        **whole,
     )
+
+
+def _draw_guest(draft: _Draft, choice: Choice, offer: Offer) -> tuple[GuestKind, Accel]:
+    if choice.guest != "any":
+        return choice.guest, choice.accel
+    pairs = [(guest, accel) for guest, accel in GUESTS if choice.accel in ("auto", accel)]
+    guest, accel = draft.draw("guest", pairs)
+    return guest, accel if choice.accel != "auto" or guest in offer.kvm_guests else "tcg"
 
 
 def _simplify(
@@ -308,13 +447,15 @@ def _reconcile(
     """Turn what was drawn into what goes together here, in place."""
     if machine["ram_kind"] not in offer.ram_kinds:
         machine["ram_kind"] = "memfd"
+    if machine["ram_mib"] == LARGE_RAM_MIB and not _can_be_large(machine, offer):
+        machine["ram_mib"] = MAX_RAM_MIB
     huge = machine["ram_kind"] == "hugetlb"
     thp = offer.thp if machine["ram_kind"] == "anon" else offer.shmem_thp and not huge
     if machine["thp"] and not thp:
         machine["thp"] = None
     if machine["guest"] == "micro":
         _reconcile_micro(machine, workload)
-    _reconcile_disk(machine, offer)
+    _reconcile_devices(machine, offer)
     # The guest takes memory for the working set when idle, too.
     room_mib = machine["ram_mib"] - _GUEST_RESERVE_MIB
     workload["wss_mib"] = min(workload["wss_mib"], room_mib)
@@ -323,7 +464,7 @@ def _reconcile(
     if variant == "unpatched":
         # Known faults of upstream's, which the series repairs: a disk's interrupt may be lost when
         # its I/O thread is stopped, and what firmware has QEMU write to ROMs is in the image.
-        machine["disk_iothread"] = False
+        machine["disk_iothread"] = machine["flash"] = False
         for shot in shots:
             shot["reset"] = False
         sizes = {"fault_around_pages": 0, "chunk_kib": DEFAULT_CHUNK_KIB}
@@ -333,8 +474,16 @@ def _reconcile(
     machine |= sizes
     needed_mib = _buffer_needed_mib(huge=huge, **sizes)
     spare_mib = room_mib - workload["wss_mib"] if machine["balloon"] else 0
+    shots[0]["restored"] = False
     for shot in shots:
         _reconcile_shot(shot, needed_mib, spare_mib, offer)
+        if shot["state"] == "prelaunch" and variant == "unpatched":
+            shot["state"] = "running"
+
+
+def _can_be_large(machine: Mapping[str, Any], offer: Offer) -> bool:
+    fits = machine["guest"] == "linux" and machine["ram_kind"] in LARGE_RAM_KINDS
+    return fits and offer.large_ram
 
 
 def _reconcile_micro(machine: dict[str, Any], workload: dict[str, Any]) -> None:
@@ -346,14 +495,18 @@ def _reconcile_micro(machine: dict[str, Any], workload: dict[str, Any]) -> None:
         workload["rate_ops_per_s"] = 0
 
 
-def _reconcile_disk(machine: dict[str, Any], offer: Offer) -> None:
+def _reconcile_devices(machine: dict[str, Any], offer: Offer) -> None:
+    if machine["disk"] == "ide":
+        machine["chipset"] = "pc"
+    machine["balloon_reporting"] = machine["balloon_reporting"] and machine["balloon"]
+    machine["flash"] = machine["flash"] and offer.flash
     if machine["disk"] == "none":
         machine |= {"disk_cache": "writeback", "disk_aio": "threads", "disk_iothread": False}
     if not offer.disk_direct_io:
         machine["disk_cache"] = "writeback"
     if machine["disk_cache"] != "none":
         machine["disk_aio"] = "threads"
-    if machine["disk"] != "virtio":
+    if machine["disk"] not in THREADED_DISKS:
         machine["disk_iothread"] = False
 
 
@@ -373,3 +526,6 @@ def _reconcile_shot(shot: dict[str, Any], needed_mib: int, spare_mib: int, offer
         shot["channels"] = 1
     shot["balloon_mib"] = min(shot["balloon_mib"], spare_mib)
     shot["log_faults"] = shot["log_faults"] and how.mechanism == "background"
+    if shot["state"] != "running":
+        # Both happen to a guest that runs.
+        shot |= {"reset": False, "balloon_mib": 0}

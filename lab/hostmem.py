@@ -111,6 +111,40 @@ def write_process(pid: int, address: int, data: bytes) -> None:
     _raise(pid, done, len(data), "writing to", "process_vm_writev")
 
 
+_CAP_SYS_NICE = 23
+_SYS_PROCESS_MADVISE = 440  # the same on every architecture
+_syscall = ctypes.CDLL(None, use_errno=True).syscall
+
+
+def may_advise_others() -> bool:
+    """Whether this process may tell the kernel what to do with the memory of another one.
+
+    It may not with less, even for a child: see process_madvise(2).
+    """
+    status = Path("/proc/self/status").read_text()
+    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
+    return bool(int(effective.split()[1], 16) >> _CAP_SYS_NICE & 1)
+
+
+def process_madvise(descriptor: int, address: int, length: int, advice: int) -> int:
+    """Tell the kernel what to do with a range of another process's memory.
+
+    :param descriptor: names the process, see `os.pidfd_open`.
+    :param advice: one of the kernel's `MADV_` numbers.
+    :return: the error's number, 0 for success.
+    """
+    piece = _Iovec(address, length)
+    done = _syscall(
+        ctypes.c_long(_SYS_PROCESS_MADVISE),
+        ctypes.c_int(descriptor),
+        ctypes.byref(piece),
+        ctypes.c_size_t(1),
+        ctypes.c_int(advice),
+        ctypes.c_uint(0),
+    )
+    return ctypes.get_errno() if done < 0 else 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Residency:
     """What is mapped of a range of a process's memory, in bytes.

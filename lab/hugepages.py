@@ -11,19 +11,17 @@ upstream's engine reads all RAM, is filled, and the process grows by it.
 """
 
 import asyncio
-import ctypes
 import errno
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from lab.errors import HostError
-from lab.hostmem import process_residency
+from lab.hostmem import may_advise_others, process_madvise, process_residency
 from lab.tables import NS_PER_MS, NS_PER_S
 
 if TYPE_CHECKING:
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
 _HUGE_BYTES = 2 << 20
 _MIB = 1 << 20
 _MADV_COLLAPSE = 25
-_CAP_SYS_NICE = 23
-_SYS_PROCESS_MADVISE = 440  # the same on every architecture
 # One call can not be cancelled: short ones, so that Stop is prompt.
 _CALL_BYTES = 64 * _MIB
 # The kernel did not get hold of a page, or of a huge one: some pieces remain as they were.
@@ -45,13 +41,6 @@ RATE_WINDOW_NS = NS_PER_S
 """How long the guest's rate is looked at, before and after."""
 
 SUMMARY = ("rebuild_ms", "rebuilt_mib", "rate_before_rebuild", "rate_after_rebuild")
-
-
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-_syscall = ctypes.CDLL(None, use_errno=True).syscall
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +61,7 @@ def require_rebuild() -> None:
 
     :raise HostError: it may not: even for a child that takes CAP_SYS_NICE, see process_madvise(2).
     """
-    status = Path("/proc/self/status").read_text()
-    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
-    if not int(effective.split()[1], 16) >> _CAP_SYS_NICE & 1:
+    if not may_advise_others():
         raise _why_not(errno.EPERM)
 
 
@@ -98,7 +85,9 @@ async def rebuild_huge_pages(vm: "VM") -> Rebuilt:
             )
         ]
         for address, length in pieces:
-            code = await asyncio.to_thread(_collapse, descriptor, address, length)
+            code = await asyncio.to_thread(
+                process_madvise, descriptor, address, length, _MADV_COLLAPSE
+            )
             refused += code in _NOT_THESE
             if code not in (0, *_PIECES_LEFT, *_NOT_THESE):
                 raise _why_not(code)
@@ -117,20 +106,6 @@ async def rebuild_huge_pages(vm: "VM") -> Rebuilt:
         before_bytes=before.anon_huge + before.shmem_huge,
         after_bytes=after.anon_huge + after.shmem_huge,
     )
-
-
-def _collapse(descriptor: int, address: int, length: int) -> int:
-    """Collapse a range of the process; return the error's number, or 0."""
-    piece = _Iovec(address, length)
-    done = _syscall(
-        ctypes.c_long(_SYS_PROCESS_MADVISE),
-        ctypes.c_int(descriptor),
-        ctypes.byref(piece),
-        ctypes.c_size_t(1),
-        ctypes.c_int(_MADV_COLLAPSE),
-        ctypes.c_uint(0),
-    )
-    return ctypes.get_errno() if done < 0 else 0
 
 
 def _why_not(code: int) -> HostError:

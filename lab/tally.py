@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import msgspec
 
 from lab import __version__
-from lab.draw import Choice, Offer
+from lab.draw import LARGE_RAM_MIB, NEVER_DRAWN, VERSION, Choice, Offer
 from lab.errors import LabError, RunError
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ class Result:
 
     `shot` counts the trial's snapshots from 1.  `pages_*` are of 4096 bytes, over all RAM blocks;
     `faults` is how many writes the snapshot held up, None where QEMU does not say.  `detail` is
-    one line about what is wrong, empty when nothing is.
+    one line about what is wrong, empty when nothing is.  `generation` is how many images lie
+    between the guest that booted and this one, `images_kept` how many were on the disk.
+
+    What has a default is missing in records of before it was drawn.
     """
 
     iteration: int
@@ -54,6 +57,11 @@ class Result:
     pages_compared: int = 0
     pages_differing: int = 0
     faults: int | None = None
+    state: str = "running"
+    generation: int = 0
+    images_kept: int = 0
+    ksm: bool = False
+    pressure: bool = False
 
     def reproduce(self, choice: Choice) -> str:
         """Return the command that does this iteration again, and the trial's before it."""
@@ -63,6 +71,7 @@ class Result:
 def reproduce_command(choice: Choice, seed: int, iterations: int) -> str:
     """Return the command that takes the first snapshots of the guest of a seed."""
     command = ["lab", "soak", "--seed", str(seed), "--iterations", str(iterations)]
+    command.append(f"--draw={VERSION}")
     return shlex.join([*command, *choice_arguments(choice)])
 
 
@@ -75,6 +84,8 @@ def choice_arguments(choice: Choice) -> list[str]:
         flags += [f"--ram-kind={kind}" for kind in choice.ram_kinds]
     if choice.guest != Choice().guest:
         flags.append(f"--guest={choice.guest}")
+    if choice.states != Choice().states:
+        flags += [f"--state={state}" for state in choice.states]
     if choice.accel != Choice().accel:
         flags.append(f"--accel={choice.accel}")
     if choice.only_shot:
@@ -91,7 +102,9 @@ def header_line(seed: int, choice: Choice, offer: Offer, ground: Mapping[str, An
             "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
             "lab": __version__,
             "seed": seed,
+            "draw": VERSION,
             "choice": choice,
+            "never": dict(NEVER_DRAWN),
             "offer": offer,
             **ground,
         }
@@ -138,7 +151,8 @@ def reopen_record(path: Path) -> Reopened:
 
     A last line that was not written to its end, as when the machine went down, is removed.
 
-    :raise RunError: when the file can not be read, or is of another version.
+    :raise RunError: when the file can not be read, is of another version, or its seeds gave other
+        trials than they do now.
     """
     try:
         content = path.read_bytes()
@@ -149,6 +163,8 @@ def reopen_record(path: Path) -> Reopened:
     except OSError as error:
         raise RunError(f"{path} is not a soak's record: {error}", "name a whole one") from error
     first, results = _read(path)
+    # Records of before there was a number are of the first version.
+    require_draw(first.get("draw", 1), path.name)
     try:
         choice, seed = msgspec.convert(first["choice"], Choice), int(first["seed"])
     except (KeyError, TypeError, ValueError, LabError) as error:
@@ -156,6 +172,20 @@ def reopen_record(path: Path) -> Reopened:
     return Reopened(
         choice=choice, results=results, next_seed=results[-1].seed + 1 if results else seed
     )
+
+
+def require_draw(version: int, name: str) -> None:
+    """Refuse what was drawn in another way than this lab draws.
+
+    :param version: `lab.draw.VERSION` at that time.
+    :raise RunError: naming what it was.
+    """
+    if version != VERSION:
+        raise RunError(
+            f"the seeds of {name} are of version {version} of what is drawn, and this lab draws "
+            f"by version {VERSION}",
+            "repeat it with the version of the lab that wrote it, or begin a new soak",
+        )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Result]]:
@@ -181,7 +211,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Result]]:
 
 def summarise(results: Sequence[Result]) -> dict[str, Any]:
     """Add up results: how many of each outcome, pages and faults, and how many iterations there
-    were by method, kind of RAM, vCPUs and workload.
+    were by each thing that is drawn.
     """
     outcomes = Counter(result.outcome for result in results)
     return {
@@ -202,11 +232,18 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
         "by_vcpus": _counts(str(result.machine["vcpus"]) for result in results),
         "by_workload": _counts(result.workload["kind"] for result in results),
         "by_disk": _counts(_disk(result.machine) for result in results),
+        "by_chipset": _counts(result.machine.get("chipset", "pc") for result in results),
+        "by_state": _counts(result.state for result in results),
+        "by_generation": _counts(str(result.generation) for result in results),
         "with": {
-            name: sum(bool(result.machine[name]) for result in results)
-            for name in ("net", "vnc", "balloon")
+            name: sum(bool(result.machine.get(name)) for result in results)
+            for name in ("net", "vnc", "balloon", "balloon_reporting", "flash", "undriven")
         },
+        "above_4_gib": sum(result.machine["ram_mib"] >= LARGE_RAM_MIB for result in results),
         "while_booting": sum(result.reset for result in results),
+        "with_ksm": sum(result.ksm for result in results),
+        "with_swapping": sum(result.pressure for result in results),
+        "with_images_kept": sum(result.images_kept > 0 for result in results),
     }
 
 
@@ -260,9 +297,28 @@ def tally_text(results: Sequence[Result]) -> str:
         f"{total['iterations']} snapshots of {total['trials']} guests, seeds {total['seeds']}: "
         f"{total['equal']} equal, {total['differs']} differ, {total['failed']} failed\n"
         f"{total['pages_compared']} pages compared, {total['pages_differing']} differ; "
-        f"{total['faults']} writes were held up"
+        f"{total['faults']} writes were held up\n"
+        + _dimensions_text(total)
         + (f"\n{total['no-guest']} guests did not boot at first" if total["no-guest"] else "")
     )
+
+
+def _dimensions_text(total: Mapping[str, Any]) -> str:
+    """Return how often there was each of what the table does not have, a line each."""
+    lists = ("guest", "workload", "disk", "chipset", "state", "generation")
+    lines = [
+        f"{name}: " + ", ".join(f"{value} {n}" for value, n in total[f"by_{name}"].items())
+        for name in lists
+    ]
+    counts = {
+        **total["with"],
+        "RAM above 4 GiB": total["above_4_gib"],
+        "while booting": total["while_booting"],
+        "KSM": total["with_ksm"],
+        "swapping": total["with_swapping"],
+        "images kept": total["with_images_kept"],
+    }
+    return "\n".join([*lines, "with: " + ", ".join(f"{k} {n}" for k, n in counts.items())])
 
 
 def findings(results: Iterable[Result], choice: Choice) -> list[str]:

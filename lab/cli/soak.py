@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from lab.draw import NEVER_DRAWN, VERSION, GuestChoice, RunState
 from lab.errors import UsageError
 from lab.progress import ProgressLine
-from lab.scenario import METHODS, Accel, GuestKind, Machine, RamKind
+from lab.scenario import METHODS, Accel, Machine, RamKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +34,10 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "Exit status 1 when anything did. A guest that is silent at boot is listed and booted "
         "once more, and fails when it is silent again.",
         epilog="The same seed gives the same guest and snapshots. What a soak found can be made "
-        "simpler with --shrink, and a soak that was interrupted goes on with --resume.",
+        "simpler with --shrink, and a soak that was interrupted goes on with --resume. "
+        "Never drawn: "
+        + "; ".join(f"{what}: {why}" for what, why in NEVER_DRAWN.items())
+        + ". What this host does not offer is said at the start.",
     )
     parser.add_argument(
         "--minutes",
@@ -62,15 +66,23 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--guest",
-        choices=get_args(GuestKind),
+        choices=get_args(GuestChoice),
         default="linux",
-        help="what the guests run (default linux)",
+        help="what the guests run; any: draw that, and the accelerator with it (default linux)",
     )
     parser.add_argument(
         "--accel",
         choices=get_args(Accel),
-        default="tcg",
-        help="QEMU's accelerator; auto: kvm where the guest runs on it (default tcg)",
+        help="QEMU's accelerator; auto: kvm where the guest runs on it (default tcg, and auto with "
+        "--guest any)",
+    )
+    parser.add_argument(
+        "--state",
+        action="append",
+        dest="states",
+        choices=get_args(RunState),
+        help="repeatable; draw only these run states in which a guest is taken (default running, "
+        "and now and then paused)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the record (default: a new one in the cache)"
@@ -109,11 +121,22 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="WHAT",
         help="repeatable; something that is not drawn, but simple; --shrink says what",
     )
+    parser.add_argument(
+        "--draw",
+        type=int,
+        default=VERSION,
+        metavar="V",
+        help="the version of what seeds give that a command was written for, to be refused when it "
+        f"is another than this lab's, {VERSION}",
+    )
     parser.add_argument("--json", action="store_true", help="the record on stdout as well")
     parser.set_defaults(handler=_soak)
 
 
 async def _soak(args: argparse.Namespace) -> int:
+    from lab.tally import require_draw
+
+    require_draw(args.draw, "this command")
     _check_arguments(args)
     return await (_shrink(args) if args.shrink else _go(args))
 
@@ -131,7 +154,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(
             "--shrink needs --seed and --iterations", "name what a soak has found, as it says it"
         )
-    drawn = (args.methods, args.ram_kinds, args.out, args.only_shot, args.simplify)
+    drawn = (args.methods, args.ram_kinds, args.states, args.out, args.only_shot, args.simplify)
     if args.resume and (args.shrink or args.seed is not None or any(drawn)):
         raise UsageError(
             "--resume goes on as the record says",
@@ -144,16 +167,22 @@ async def _chosen(args: argparse.Namespace) -> "tuple[Choice, str]":
     from lab.accelerator import settled
     from lab.draw import Choice
 
-    found = await settled(Machine(guest=args.guest, accel=args.accel))
+    accel: Accel
+    if args.guest == "any":
+        accel, fallback = args.accel or "auto", ""
+    else:
+        found = await settled(Machine(guest=args.guest, accel=args.accel or "tcg"))
+        accel, fallback = found.machine.accel, found.fallback
     choice = Choice(
         methods=tuple(dict.fromkeys(args.methods or Choice().methods)),
         ram_kinds=tuple(dict.fromkeys(args.ram_kinds or Choice().ram_kinds)),
         guest=args.guest,
-        accel=found.machine.accel,
+        accel=accel,
+        states=tuple(args.states or Choice().states),
         only_shot=args.only_shot,
         simplify=tuple(dict.fromkeys(args.simplify)),
     )
-    return choice, found.fallback
+    return choice, fallback
 
 
 async def _go(args: argparse.Namespace) -> int:
@@ -215,10 +244,9 @@ async def _go(args: argparse.Namespace) -> int:
             results.append(result)
             write(result_line(result))
 
-        offer = survey(folder, choice)
-        missing = [kind for kind in choice.ram_kinds if kind not in offer.ram_kinds]
-        if missing:
-            line(f"not on this host, so memfd instead: {', '.join(missing)}; see `lab doctor`")
+        offer = await survey(folder, choice)
+        for what, why in offer.lacking.items():
+            print(f"not offered here: {what}, because {why}", file=sys.stderr)
         write(header_line(seed, choice, offer, ground))
         try:
             await soak(
@@ -252,7 +280,7 @@ async def _shrink(args: argparse.Namespace) -> int:
     choice, _ = await _chosen(args)
     seed, shot = args.seed, args.iterations
     with private_folder("soak-", cache_dir()) as folder, ProgressLine() as line:
-        offer = survey(folder, choice)
+        offer = await survey(folder, choice)
         seen: list[Result] = []
 
         async def fails(simpler: "Choice") -> bool:
@@ -277,7 +305,8 @@ async def _shrink(args: argparse.Namespace) -> int:
     trial = draw(seed, shrunk, offer)
     last = trial.shots[-1 if shrunk.only_shot else shot - 1]
     print(f"{seen[-1].outcome}: {seen[-1].detail}")
-    print(f"  {trial.machine}\n  {trial.workload}\n  {last}")
+    whole = f"keep={trial.keep}, ksm={trial.ksm}, pressure={trial.pressure}"
+    print(f"  {trial.machine}\n  {trial.workload}\n  {last}\n  {whole}")
     print(f"  again: {reproduce_command(shrunk, seed, 1 if shrunk.only_shot else shot)}")
     return 1
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import typing
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,14 +14,21 @@ from lab.draw import (
     BUFFER_MIB,
     CHUNK_KIB,
     FAULT_AROUND_PAGES,
+    GUESTS,
+    LARGE_RAM_KINDS,
+    LARGE_RAM_MIB,
     LATER_KINDS,
     MACHINE,
     MICRO,
+    NEVER_DRAWN,
     SHOTS,
     SIMPLER,
+    VERSION,
     WORKLOAD,
     Choice,
+    GuestChoice,
     Offer,
+    RunState,
     Trial,
     draw,
 )
@@ -28,7 +36,6 @@ from lab.errors import UsageError
 from lab.scenario import (
     METHODS,
     RAM_RESERVE_MIB,
-    GuestKind,
     Machine,
     RamKind,
     Scenario,
@@ -45,6 +52,9 @@ NOT_DRAWN = {"accel", "guest", "extra_args", "rate_ops_per_s", "page_kib"}
 #: Fields that go with the binary, and are drawn after it.
 SIZES = {"fault_around_pages", "chunk_kib"}
 
+#: What is drawn for a trial as a whole.
+WHOLE = ("keep", "ksm", "pressure")
+
 seeds = st.integers(0, 2**63)
 offers = st.builds(
     Offer,
@@ -53,13 +63,19 @@ offers = st.builds(
     shmem_thp=st.booleans(),
     direct_io=st.booleans(),
     disk_direct_io=st.booleans(),
+    large_ram=st.booleans(),
+    flash=st.booleans(),
+    ksm=st.booleans(),
+    pressure=st.booleans(),
+    kvm_guests=st.frozensets(st.sampled_from(["linux", "micro"])),
 )
 choices = st.builds(
-    Choice,
+    lambda guest, **others: Choice(guest=guest[0], accel=guest[1], **others),
     methods=st.lists(st.sampled_from(sorted(METHODS)), min_size=1, unique=True).map(tuple),
     ram_kinds=st.lists(st.sampled_from(KINDS), min_size=1, unique=True).map(tuple),
-    guest=st.sampled_from(typing.get_args(GuestKind)),
-    accel=st.sampled_from(["tcg", "kvm"]),
+    guest=st.tuples(st.sampled_from(typing.get_args(GuestChoice)), st.sampled_from(["tcg", "kvm"]))
+    | st.just(("any", "auto")),
+    states=st.lists(st.sampled_from(typing.get_args(RunState)), min_size=1).map(tuple),
 )
 
 
@@ -75,7 +91,17 @@ def test_what_is_drawn_goes_together_and_is_offered(
     machine, workload = trial.machine, trial.workload
     assert trial.seed == seed
     assert 1 <= len(trial.shots) <= max(SHOTS)
-    assert (machine.guest, machine.accel) == (choice.guest, choice.accel)
+    assert choice.guest in (machine.guest, "any")
+    assert choice.accel in (machine.accel, "auto")
+    assert choice.accel != "auto" or machine.accel == "tcg" or machine.guest in offer.kvm_guests
+    if machine.ram_mib == LARGE_RAM_MIB:
+        assert offer.large_ram
+        assert machine.guest == "linux"
+        assert machine.ram_kind in LARGE_RAM_KINDS
+    assert offer.flash or not machine.flash
+    assert offer.ksm or not trial.ksm
+    assert offer.pressure or not trial.pressure
+    assert not trial.shots[0].restored
     assert machine.ram_kind in offer.ram_kinds
     assert machine.ram_kind in {*choice.ram_kinds, "memfd"}
     if machine.thp:
@@ -90,6 +116,11 @@ def test_what_is_drawn_goes_together_and_is_offered(
         assert offer.direct_io or not how.direct_io
         assert shot.channels == 1 or "mapped-ram" in how.capabilities
         assert shot.balloon_mib == 0 or machine.balloon
+        assert shot.state in choice.states or (shot.state, trial.variant) == (
+            "running",
+            "unpatched",
+        )
+        assert shot.state == "running" or not (shot.reset or shot.balloon_mib)
         assert shot.balloon_mib + workload.wss_mib + RAM_RESERVE_MIB["linux"] <= machine.ram_mib
     assert offer.disk_direct_io or machine.disk_cache == "writeback"
 
@@ -107,7 +138,8 @@ def test_the_sizes_drawn_are_sizes_the_engine_takes(seed: int, offer: Offer) -> 
         assert not trial.machine.sets_sizes
         # Upstream loses interrupts and lets resets into the image; the series repairs both.
         assert not trial.machine.disk_iothread
-        assert not any(shot.reset for shot in trial.shots)
+        assert not trial.machine.flash
+        assert not any(shot.reset or shot.state == "prelaunch" for shot in trial.shots)
 
 
 @given(seeds, choices, offers)
@@ -140,13 +172,18 @@ def test_what_is_simplified_is_simple_and_the_rest_goes_together(
 def test_one_snapshot_of_a_guest_is_the_one_that_was_drawn() -> None:
     whole = next(trial for trial in many() if len(trial.shots) == 3)
     alone = draw(whole.seed, Choice(only_shot=2))
-    assert alone == dataclasses.replace(whole, shots=whole.shots[1:2])
+    # With none before there is no image to restore either.
+    second = dataclasses.replace(whole.shots[1], restored=False)
+    assert alone == dataclasses.replace(whole, shots=(second,))
     with pytest.raises(UsageError, match="gives 3 snapshots"):
         draw(whole.seed, Choice(only_shot=4))
 
 
 def test_seeds_give_the_same_everywhere_and_for_ever() -> None:
-    """What was recorded with a seed has to be what the seed gives later."""
+    """What was recorded with a seed has to be what the seed gives later: where it no longer is,
+    `lab.draw.VERSION` has to rise.
+    """
+    assert VERSION == 2
     trial = draw(1)
     assert trial.machine.ram_kind == "memfd-private"
     assert (trial.machine.ram_mib, trial.machine.vcpus) == (256, 1)
@@ -166,7 +203,15 @@ def test_everything_that_may_be_drawn_is_drawn() -> None:
     trials = many()
     assert {shot.method for trial in trials for shot in trial.shots} == set(METHODS)
     for name, values in MACHINE.items():
-        assert {getattr(trial.machine, name) for trial in trials} == set(values), name
+        found = {getattr(trial.machine, name) for trial in trials} - {LARGE_RAM_MIB}
+        assert found == set(values), name
+    assert any(trial.machine.ram_mib == LARGE_RAM_MIB for trial in trials)
+    assert all({getattr(t, name) for t in trials} == {True, False} for name in WHOLE)
+    shots = [shot for trial in trials for shot in trial.shots]
+    assert {shot.state for shot in shots} == {"running", "paused"}
+    assert {shot.restored for shot in shots} == {True, False}
+    # Several generations one after the other.
+    assert any(len(t.shots) == 4 and all(s.restored for s in t.shots[1:]) for t in trials)
     for name, values in WORKLOAD.items():
         if name not in ("kind", "wss_mib"):
             assert {getattr(trial.workload, name) for trial in trials} == set(values), name
@@ -197,6 +242,30 @@ def test_for_the_microguest_everything_it_can_do_is_drawn() -> None:
     assert any(shot.reset for trial in trials for shot in trial.shots)
 
 
+def test_guests_of_each_kind_are_drawn_in_their_shares() -> None:
+    choice = Choice(guest="any", accel="auto")
+    everywhere = [draw(seed, choice) for seed in range(400)]
+    found = Counter((trial.machine.guest, trial.machine.accel) for trial in everywhere)
+    assert set(found) == set(GUESTS)
+    assert found["linux", "tcg"] > found["linux", "kvm"]
+    here = Offer(kvm_guests=frozenset({"micro"}))
+    some = Counter(
+        (trial.machine.guest, trial.machine.accel)
+        for trial in (draw(seed, choice, here) for seed in range(400))
+    )
+    assert some["micro", "kvm"] == found["micro", "kvm"]
+    assert some["linux", "tcg"] == found["linux", "tcg"] + found["linux", "kvm"]
+
+
+def test_a_run_state_is_drawn_that_is_asked_for() -> None:
+    trials = [draw(seed, Choice(states=("prelaunch",), methods=("live",))) for seed in range(20)]
+    assert {shot.state for trial in trials for shot in trial.shots} == {"prelaunch"}
+
+
+def test_what_is_never_drawn_has_a_reason() -> None:
+    assert all(what and why for what, why in NEVER_DRAWN.items())
+
+
 def test_what_a_host_lacks_is_replaced_by_what_it_has() -> None:
     bare = Offer(
         ram_kinds=frozenset({"anon", "memfd"}), thp=False, shmem_thp=False, direct_io=False
@@ -219,6 +288,9 @@ def test_what_a_host_lacks_is_replaced_by_what_it_has() -> None:
         {"guest": "bsd"},
         {"simplify": ("all",)},
         {"only_shot": -1},
+        {"states": ("asleep",)},
+        {"states": ()},
+        {"accel": "auto"},
     ],
 )
 def test_names_that_there_are_not_are_refused(arguments: dict[str, Any]) -> None:

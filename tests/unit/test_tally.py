@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lab.__main__ import build_parser
-from lab.draw import Choice, Offer, draw
+from lab.draw import LARGE_RAM_MIB, NEVER_DRAWN, VERSION, Choice, Offer, draw
 from lab.errors import RunError
 from lab.scenario import Machine, to_json
 from lab.tally import (
@@ -144,9 +144,57 @@ def test_results_add_up() -> None:
     assert total["by_method"] == {"live": 2, "live-rfc": 1}
     assert total["by_vcpus"] == {"1": 2, "4": 1}
     assert total["by_disk"] == {"none": 2, "virtio writeback threads iothread": 1}
-    assert total["with"] == {"net": 1, "vnc": 0, "balloon": 0}
+    assert total["with"] == {
+        "net": 1, "vnc": 0, "balloon": 0, "balloon_reporting": 0, "flash": 0, "undriven": 0,
+    }  # fmt: skip
     assert summarise([])["iterations"] == 0
     assert summarise([EQUAL, DIFFERS])["seeds"] == "7, 9"
+
+
+def test_each_thing_that_is_drawn_is_counted() -> None:
+    wide = dataclasses.replace(
+        EQUAL,
+        machine=as_read(
+            Machine(ram_mib=LARGE_RAM_MIB, chipset="q35", disk="scsi", flash=True, undriven=True)
+        ),
+        state="paused",
+        generation=2,
+        images_kept=3,
+        ksm=True,
+        pressure=True,
+    )
+    total = summarise([EQUAL, wide])
+    assert total["by_chipset"] == {"pc": 1, "q35": 1}
+    assert total["by_state"] == {"paused": 1, "running": 1}
+    assert total["by_generation"] == {"0": 1, "2": 1}
+    assert total["by_disk"] == {"none": 1, "scsi writeback threads": 1}
+    assert (total["with"]["flash"], total["with"]["undriven"]) == (1, 1)
+    names = ("above_4_gib", "with_ksm", "with_swapping", "with_images_kept")
+    assert [total[name] for name in names] == [1, 1, 1, 1]
+    text = tally_text([EQUAL, wide])
+    assert "chipset: pc 1, q35 1" in text
+    assert "KSM 1" in text
+
+
+def test_a_record_says_what_is_never_drawn() -> None:
+    assert json.loads(header_line(1, Choice(), Offer(), {}))["never"] == dict(NEVER_DRAWN)
+
+
+def test_seeds_of_another_version_of_what_is_drawn_are_refused_in_one_line(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.jsonl"
+    write_record(path)
+    assert reopen_record(path).results == ALL
+    # A record of before there was a number; it is read all the same.
+    head = json.loads(path.read_text().splitlines()[0])
+    del head["draw"]
+    path.write_text("\n".join([json.dumps(head), *path.read_text().splitlines()[1:]]) + "\n")
+    assert read_record(path) == ALL
+    with pytest.raises(RunError, match=f"version 1 of .* version {VERSION}") as caught:
+        reopen_record(path)
+    assert "\n" not in str(caught.value)
+    assert caught.value.remedy
 
 
 def test_a_guest_that_did_not_boot_is_counted_and_is_no_snapshot() -> None:
@@ -172,18 +220,20 @@ def test_the_table_counts_by_kind_and_by_vcpus() -> None:
         Choice(),
         Choice(methods=("live", "live-rfc"), ram_kinds=("hugetlb",)),
         Choice(guest="micro", accel="kvm", only_shot=1, simplify=("vcpus", "ram-kind")),
+        Choice(guest="any", accel="auto", states=("paused", "prelaunch")),
     ],
 )
 def test_the_command_that_does_it_again_draws_the_same(choice: Choice) -> None:
     command = shlex.split(DIFFERS.reproduce(choice))
     assert command[0] == "lab"
     args = build_parser().parse_args(command[1:])
-    assert (args.seed, args.iterations) == (9, 3)
+    assert (args.seed, args.iterations, args.draw) == (9, 3, VERSION)
     again = Choice(
         methods=tuple(args.methods or Choice().methods),
         ram_kinds=tuple(args.ram_kinds or Choice().ram_kinds),
         guest=args.guest,
-        accel=args.accel,
+        states=tuple(args.states or Choice().states),
+        accel=args.accel or Choice().accel,
         only_shot=args.only_shot,
         simplify=tuple(args.simplify),
     )
@@ -194,6 +244,6 @@ def test_only_what_is_not_equal_is_a_finding() -> None:
     first, second = findings(ALL, Choice())
     assert first.splitlines() == [
         "differs: live, seed 9, snapshot 3: 1 of 9 pages differ",
-        "  again: lab soak --seed 9 --iterations 3",
+        f"  again: lab soak --seed 9 --iterations 3 --draw={VERSION}",
     ]
     assert second.startswith("failed: live-rfc, seed 8")
