@@ -3,6 +3,10 @@
 Each is mounted in a mount namespace of its own, held by a process that undoes everything as soon
 as its standard input is closed, whatever becomes of the test. Others reach the file system through
 that process's root.
+
+That process has a session of its own and no ear for signals: an interrupt of the terminal, or who
+ends a whole group of processes, would end it together with the test, and nobody would be left to
+thaw what it froze.
 """
 
 import asyncio
@@ -15,6 +19,8 @@ from pathlib import Path
 import pytest
 
 MOUNT = "/mnt"
+
+_DEAF = "trap '' INT TERM HUP QUIT PIPE\n"
 
 _FULL = """
 mount -t tmpfs -o size={size} tmpfs {mount} && echo done && exec cat
@@ -42,6 +48,7 @@ class Mount:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
+        self.holder = process.pid
         self.folder = Path(f"/proc/{process.pid}/root{MOUNT}")
 
     async def _says_done(self) -> bool:
@@ -69,9 +76,10 @@ async def _mounted(script: str) -> AsyncIterator[Mount]:
     if os.geteuid() != 0:
         pytest.skip("only root can mount a file system")
     process = await asyncio.create_subprocess_exec(
-        *("unshare", "--mount", "sh", "-c", script),
+        *("unshare", "--mount", "sh", "-c", _DEAF + script),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
+        start_new_session=True,
     )
     assert process.stdin is not None
     mount = Mount(process)
