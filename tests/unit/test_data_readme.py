@@ -1,6 +1,12 @@
-"""data/README.md says what `lab.tables` says, and every recorded set opens."""
+"""data/README.md says what `lab.tables` says, and every recorded set opens.
+
+Which sets are recorded is said in data/README.md. What else lies in data/ is the user's, who
+measures there, and nothing of the tests' business.
+"""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import get_args
 
@@ -13,7 +19,8 @@ from lab.tables import COLUMNS, SUMMARY_FIELDS, Column
 from lab.tally import read_record, summarise
 
 DATA = Path(__file__).resolve().parents[2] / "data"
-SETS = sorted(path.parent for path in DATA.glob("*/set.json"))
+_TABLE = (DATA / "README.md").read_text(encoding="utf-8").split("\n## The sets\n")[1]
+SETS = [DATA / name for name in re.findall(r"^\| `([\w-]+)` \|", _TABLE.split("\n## ")[0], re.M)]
 
 
 def rows_under(heading: str) -> dict[str, tuple[str, str]]:
@@ -63,10 +70,23 @@ def test_a_recorded_set_is_small_and_names_no_place_on_a_machine(path: Path) -> 
             assert not re.search(r"(?<![\w.])/(?:root|home|tmp|work|mnt)/", text), file
 
 
+def git(*arguments: str) -> list[str]:
+    """Ask git about data/; its answer, line by line."""
+    if shutil.which("git") is None or not (DATA.parent / ".git").exists():
+        pytest.skip("not a checkout of git's")
+    command = ["git", "-c", "safe.directory=*", "-C", str(DATA), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
+
+
 def test_every_recorded_set_is_in_the_list() -> None:
-    text = (DATA / "README.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `([\w-]+)` \|", text.split("## The sets")[1].split("\n## ")[0], re.M)
-    assert sorted(listed) == [path.name for path in SETS]
+    recorded = {Path(path).parent.name for path in git("ls-files", "*/set.json")}
+    assert sorted(path.name for path in SETS) == sorted(recorded)
+
+
+def test_a_set_that_somebody_measures_here_is_not_recorded_by_accident() -> None:
+    """Field report F12. `make reproduce` and `lab measure --out data/mine` leave one."""
+    for name in ("quick-20260101T000000Z", "mine"):
+        assert git("check-ignore", f"{name}/set.json") == [f"{name}/set.json"]
 
 
 def test_of_the_recorded_soak_every_live_snapshot_is_equal_and_there_are_hundreds() -> None:
