@@ -14,6 +14,7 @@ it is listed there, and `_reconcile` knows what it does not go together with.  W
 and why, stands in `NEVER_DRAWN`.
 """
 
+import itertools
 import random
 import types
 import typing
@@ -147,6 +148,9 @@ NEVER_DRAWN: Mapping[str, str] = types.MappingProxyType(
         "a q35 with its own AHCI disk": "the guest's kernel has no driver for it",
         "RAM above 4 GiB with the microguest, or with private files or huge pages": (
             "the former has no use for it, the latter allocate all of it"
+        ),
+        "the microguest going on from an image of while it booted": (
+            "it measures its timer then, and refuses to run where time is missing"
         ),
         "huge pages of 1 GiB": "few hosts can reserve one",
         "PCI passthrough (VFIO), a TPM, USB, sound, a second disk": (
@@ -475,6 +479,9 @@ def _reconcile(
     needed_mib = _buffer_needed_mib(huge=huge, **sizes)
     spare_mib = room_mib - workload["wss_mib"] if machine["balloon"] else 0
     shots[0]["restored"] = False
+    for before, shot in itertools.pairwise(shots):
+        if machine["guest"] == "micro" and before["reset"]:
+            shot["restored"] = False
     for shot in shots:
         _reconcile_shot(shot, needed_mib, spare_mib, offer)
         if shot["state"] == "prelaunch" and variant == "unpatched":

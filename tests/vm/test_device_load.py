@@ -22,7 +22,7 @@ from lab.imagefile import read_sidecar
 from lab.oracle import Verification, verify_method
 from lab.qmp import Event
 from lab.rfb import viewing
-from lab.scenario import DiskAio, DiskCache, DiskKind
+from lab.scenario import Chipset, DiskAio, DiskCache, DiskKind
 from lab.vm import VM
 
 pytestmark = [pytest.mark.vm, pytest.mark.thorough]
@@ -95,9 +95,10 @@ def machine(
     net: bool = False,
     vnc: bool = False,
     balloon: bool = False,
+    chipset: Chipset = "pc",
 ) -> lab.Machine:
     return lab.Machine(
-        ram_mib=256, vcpus=vcpus, disk=disk, disk_cache=cache, disk_aio=aio,
+        ram_mib=256, vcpus=vcpus, disk=disk, disk_cache=cache, disk_aio=aio, chipset=chipset,
         disk_iothread=iothread, net=net, vnc=vnc, balloon=balloon,
     )  # fmt: skip
 
@@ -130,6 +131,7 @@ async def watched(vm: VM) -> AsyncIterator[None]:
             ("live", "live-rfc"),
             id="virtio-uncached-iothread",
         ),
+        pytest.param(machine("scsi", vcpus=2, chipset="q35"), ("live", "live-rfc"), id="scsi-q35"),
         pytest.param(machine(vcpus=2, net=True), ("live", "live-rfc"), id="net"),
         pytest.param(machine(vnc=True), ("live", "live-inline"), id="screen"),
     ],
