@@ -43,7 +43,8 @@ _SET_MEMORY = (
     "import ctypes, os, sys\n"
     f"if 'no-thp' in sys.argv[1] and ctypes.CDLL(None).prctl({_PR_SET_THP_DISABLE}, 1, 0, 0, 0):\n"
     "    sys.exit('transparent huge pages can not be switched off for QEMU')\n"
-    f"if 'no-merge' in sys.argv[1] and ctypes.CDLL(None).prctl({PR_SET_MEMORY_MERGE}, 0, 0, 0, 0):\n"
+    f"if 'no-merge' in sys.argv[1] and ctypes.CDLL(None).prctl({PR_SET_MEMORY_MERGE},"
+    " 0, 0, 0, 0):\n"
     "    sys.exit('the merging of equal pages can not be switched off for QEMU')\n"
     "os.execv(sys.argv[2], sys.argv[2:])\n"
 )
