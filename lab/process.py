@@ -2,8 +2,9 @@
 
 Three measures together, because each alone leaves a guest behind in some case: a session of its
 own, or an interrupt of a notebook cell reaches QEMU as well; a parent-death signal, because a
-notebook kernel that is restarted or killed runs no clean-up; and a spawn from the thread of the
-event loop, because that signal is sent when the *thread* that spawned ends.
+notebook kernel that is restarted or killed runs no clean-up; and a spawn from a thread that lives
+as long as this process does, because that signal is sent when the *thread* that spawned ends.  An
+event loop may run in a thread that ends before it, or in several, one after the other.
 """
 
 import asyncio
@@ -12,8 +13,11 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 from lab.errors import LaunchError
@@ -54,7 +58,7 @@ class Process:
     """A QEMU that runs.  Made by `running`."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, command: Sequence[str], workdir: Path
+        self, process: "subprocess.Popen[bytes]", command: Sequence[str], workdir: Path
     ) -> None:
         self._process = process
         self.command = list(command)
@@ -69,7 +73,7 @@ class Process:
     @property
     def exit_code(self) -> int | None:
         """The exit status, negative for a signal, None while it runs."""
-        return self._process.returncode
+        return self._process.poll()
 
     @property
     def log_path(self) -> Path:
@@ -104,18 +108,28 @@ class Process:
 
     async def wait(self, timeout_s: float) -> bool:
         """Wait for the process to end; return whether it has."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._process.wait()
-        return self._process.returncode is not None
+        if self._process.poll() is not None:
+            return True
+        descriptor = os.pidfd_open(self.pid)
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(descriptor, ended.set)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+        return self._process.poll() is not None
 
     def kill(self) -> None:
         """Send SIGKILL unless it has ended."""
-        kill_child(self._process)
+        self._process.kill()
 
 
 def kill_child(process: asyncio.subprocess.Process) -> None:
-    """Send SIGKILL unless it has ended.
+    """Send SIGKILL to a child of asyncio's unless it has ended.
 
     Its own `kill` would look first whether it has, and that reaps it: asyncio then finds no status,
     and says 255.
@@ -148,6 +162,41 @@ def wrapped(command: Sequence[str], *, thp: bool | None) -> list[str]:
     return [require_setpriv(), "--pdeathsig=KILL", "--", *guard, *python, *command]
 
 
+@lru_cache(maxsize=1)
+def _spawner() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="lab-spawner")
+
+
+# A process that was forked has no such thread.
+os.register_at_fork(after_in_child=_spawner.cache_clear)
+
+
+def _spawn(argv: Sequence[str], output: int, pass_fds: Sequence[int]) -> "subprocess.Popen[bytes]":
+    """Start a process from the thread that lives as long as this process.
+
+    It takes no longer than starting it here would.
+    """
+    future = _spawner().submit(
+        subprocess.Popen,
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        pass_fds=pass_fds,
+    )
+    try:
+        return future.result()
+    except KeyboardInterrupt:
+        future.add_done_callback(_kill_spawned)
+        raise
+
+
+def _kill_spawned(future: "Future[subprocess.Popen[bytes]]") -> None:
+    if future.exception() is None:
+        future.result().kill()
+
+
 @contextlib.asynccontextmanager
 async def running(
     command: Sequence[str], *, pass_sockets: Sequence[socket.socket], thp: bool | None = None
@@ -167,14 +216,7 @@ async def running(
                 workdir / "qemu.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600
             )
             try:
-                child = await asyncio.create_subprocess_exec(
-                    *argv,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=descriptor,
-                    stderr=descriptor,
-                    start_new_session=True,
-                    pass_fds=[sock.fileno() for sock in pass_sockets],
-                )
+                child = _spawn(argv, descriptor, [sock.fileno() for sock in pass_sockets])
             finally:
                 os.close(descriptor)
             stack.close()

@@ -42,6 +42,7 @@ from lab.guest.protocol import PAGE_BYTES, LatencyPage, ProgressPage, ReadyRecor
 from lab.host import NAME_PREFIX
 from lab.hostmem import read_process
 from lab.imagefile import OpenImage, check_image, open_image
+from lab.loops import OwnLoop, OwnTask, close_unawaited
 from lab.process import QUIT_GRACE_S, Process, running
 from lab.qemu.build import QemuBinary, find_qemu
 from lab.qmp import COMMAND_TIMEOUT_S, Event, Qmp, connected
@@ -117,6 +118,7 @@ class VM:
         self._records_before_boot = 0
         self._nonce_before_boot: int | None = None
         self._busy_with: str | None = None
+        self._loop = OwnLoop()
 
     def __repr__(self) -> str:
         return (
@@ -175,13 +177,29 @@ class VM:
         )
 
     async def watched(self, work: Awaitable[_T], doing: str) -> _T:
-        """Await `work`; when it fails because QEMU died, raise the `LaunchError` that says why."""
+        """Await `work`; when it fails because QEMU died, raise the `LaunchError` that says why.
+
+        :raise UsageError: in another event loop than the one that the guest was booted in.
+        """
+        try:
+            self._check_loop()
+        except UsageError:
+            close_unawaited(work)
+            raise
         try:
             return await work
         except (QmpError, GuestError) as error:
             # A link that is lost before the process has ended means it is about to.
             if self.qmp.is_lost and await self.process.wait(QUIT_GRACE_S):
                 raise self.process.died(doing) from error
+            raise
+
+    def _check_loop(self) -> None:
+        try:
+            self._loop.check()
+        except UsageError:
+            if self._loop.has_ended:
+                self.process.kill()
             raise
 
     async def hmp(self, command: str) -> str:
@@ -214,6 +232,7 @@ class VM:
 
         :raise QmpError: when QEMU does not reset the machine.
         """
+        self._check_loop()
         self._nonce_before_boot = None if self._ready is None else self._ready.nonce
         self._ready = None
         self._records_before_boot = len(self.console.records)
@@ -523,8 +542,32 @@ async def _heartbeat() -> None:
         await asyncio.sleep(HEARTBEAT_S)
 
 
+def _launched(
+    binary: QemuBinary,
+    machine: Machine,
+    workload: Workload,
+    *,
+    machine_type: str = "",
+    incoming: bool = False,
+    paused: bool = False,
+) -> OwnTask[VM]:
+    """Start a QEMU and connect to it; see `OwnTask` for whose it is.
+
+    :raise LaunchError: when it dies first.
+    """
+    started = _started(
+        binary,
+        machine,
+        workload,
+        machine_type=machine_type,
+        incoming=incoming,
+        paused=paused,
+    )
+    return OwnTask(started, "guest", lambda vm: vm.process.kill())
+
+
 @contextlib.asynccontextmanager
-async def _launched(
+async def _started(
     binary: QemuBinary,
     machine: Machine,
     workload: Workload,
