@@ -5,6 +5,7 @@ empty: an image holds memory and the devices' state, and not what was on a disk.
 is made so that it does not mind.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ DISK_MIB = 64
 
 FLASH_BYTES = 128 << 10
 """The flash that is written to, below that of the firmware."""
+
+_SOCKET_PATH_BYTES = 108
+"""What the kernel has room for in the address of a UNIX socket, with the null byte at its end."""
 
 _FIRMWARE = "bios-256k.bin"
 
@@ -61,8 +65,17 @@ class DeviceFiles:
     def create(self, machine: Machine) -> None:
         """Create what QEMU does not create itself; the microguest's ROM is there before.
 
-        :raise HostError: when the firmware is nowhere that QEMU looks for it.
+        :raise HostError: when the firmware is nowhere that QEMU looks for it, or the path of a
+            socket is longer than such a path can be.
         """
+        sockets = [self.vnc] * machine.vnc + [self.flash_port] * machine.flash
+        for path in sockets:
+            if len(os.fsencode(path)) >= _SOCKET_PATH_BYTES:
+                raise HostError(
+                    f"{path} is too long for a socket, which has to have fewer than "
+                    f"{_SOCKET_PATH_BYTES} bytes",
+                    "set TMPDIR to a folder with a shorter path",
+                )
         if machine.disk != "none":
             with self.disk.open("xb") as file:
                 file.truncate(DISK_MIB << 20)

@@ -104,6 +104,10 @@ NEEDED_TOOLS = ("gcc", "ninja", "pkg-config", "flex", "bison", "patch", "perl", 
 NEEDED_SPACE_MIB = 2048
 _KEPT_LOGS = 20
 
+_IN_A_BUILDS_PATH = "/._-+@~"
+"""What may be in the path of a build besides letters and digits.  QEMU's configure refuses spaces
+and colons; what a shell, ninja or meson takes for something else fails later, and less clearly."""
+
 _NINJA_STEP = re.compile(r"^\[(\d+)/(\d+)\]")
 
 
@@ -301,7 +305,11 @@ def find_qemu(variant: Variant) -> QemuBinary:
 
 @contextlib.asynccontextmanager
 async def _building_alone(report: Progress) -> AsyncIterator[None]:
-    """Hold the lock that keeps two processes from building at once."""
+    """Hold the lock that keeps two processes from building at once.
+
+    :raise HostError: when nothing can be built in the cache, before anything is downloaded.
+    """
+    _require_path(qemu_cache())
     async with locked(qemu_cache() / "lock", lambda: report("wait for another build of QEMU")):
         # Nobody else is building, so what lies here is of builds that were killed.
         stale_folders = [*qemu_cache().glob("work-*"), *qemu_cache().glob("trash-*")]
@@ -465,6 +473,16 @@ async def _install(shop: _Workshop, plan: _Plan) -> None:
     # What may be here is a build that lost a file.
     shutil.rmtree(plan.folder, ignore_errors=True)
     staging.rename(plan.folder)
+
+
+def _require_path(folder: Path) -> None:
+    wrong = [c for c in str(folder) if not c.isalnum() and c not in _IN_A_BUILDS_PATH]
+    if wrong:
+        raise HostError(
+            f"QEMU can not be built in {str(folder)!r}, because of {wrong[0]!r} in that path",
+            "set LAB_CACHE to a folder whose path has only letters, digits and any of "
+            f"{_IN_A_BUILDS_PATH}",
+        )
 
 
 def _require_host() -> None:

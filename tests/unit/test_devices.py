@@ -1,5 +1,6 @@
 """A device's arguments are the same for a boot and a restore, but for where its files are."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,42 @@ def test_the_disk_is_empty_and_never_an_older_one(tmp_path: Path) -> None:
     assert files.disk.stat().st_blocks == 0
     with pytest.raises(FileExistsError):
         files.create(ALL)
+
+
+@pytest.mark.parametrize("machine", [Machine(vnc=True), Machine(flash=True, guest="micro")])
+def test_a_folder_whose_path_is_too_long_for_a_socket_is_refused(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """Field report F16."""
+    for length in (90, 100, 150):
+        folder = tmp_path / str(length).ljust(length, "x") / "lab-devices-12345678"
+        folder.mkdir(parents=True)
+        files = DeviceFiles(folder)
+        files.rom.touch()
+        with pytest.raises(HostError, match="is too long for a socket") as caught:
+            files.create(machine)
+        assert "TMPDIR" in caught.value.remedy
+    # Without a socket any path will do.
+    files.create(Machine(disk="ide"))
+
+
+def test_a_path_that_just_fits_is_one_of_a_socket(tmp_path: Path) -> None:
+    """Field report F16."""
+    for room, fits in ((107, True), (108, False)):
+        folder = tmp_path / ("y" * (room - len(str(tmp_path / "y")) - len("/vnc") + 1))
+        folder.mkdir()
+        files = DeviceFiles(folder)
+        assert len(str(files.vnc)) == room
+        with socket.socket(socket.AF_UNIX) as server:
+            try:
+                server.bind(str(files.vnc))
+                bound = True
+            except OSError:
+                bound = False
+        assert bound == fits
+        files.vnc.unlink(missing_ok=True)
+        if fits:
+            files.create(Machine(vnc=True))
+        else:
+            with pytest.raises(HostError, match="is too long for a socket"):
+                files.create(Machine(vnc=True))

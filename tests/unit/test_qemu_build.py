@@ -293,3 +293,36 @@ def test_a_stamp_of_another_layout_is_no_build(tmp_path: Path) -> None:
     assert build.read_stamp(tmp_path) is None
     tmp_path.joinpath("build-id.json").write_text(json.dumps({"schema": "other"}))
     assert build.read_stamp(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["a space", "a:colon", "a$dollar", "a'quote", "a\nline"])
+async def test_a_cache_in_which_nothing_can_be_built_is_refused_before_the_download(
+    tree: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Field report F17."""
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path / name))
+    asked: list[str] = []
+
+    async def obtain(*_: object, **__: object) -> None:
+        asked.append("a download")
+
+    monkeypatch.setattr(build, "obtain_source", obtain)
+    for ask in (
+        build.ensure_qemu(),
+        build.ensure_qemu(refresh_source=True),
+        build.ensure_sanitized_qemu("address"),
+        build.check_each_step(),
+    ):
+        with pytest.raises(HostError, match="QEMU can not be built in") as caught:
+            await ask
+        assert "LAB_CACHE" in caught.value.remedy
+        assert "\n" not in str(caught.value)
+    assert asked == []
+
+
+async def test_a_cache_with_letters_of_any_language_is_built_in(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path / "Büro_2-b.c+d"))
+    binaries = await build.ensure_qemu()
+    assert all(says(binary) for binary in binaries.values())
