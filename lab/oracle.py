@@ -25,6 +25,7 @@ order of its stores.
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -287,8 +288,7 @@ def _compare(
     first: list[int] = []
     for start, octets in _chunks(restored_pid, other):
         now = _pages(octets)
-        then = np.frombuffer(os.pread(descriptor, now.nbytes, offset + start), np.uint64)
-        then = then.reshape(now.shape)
+        then = _dumped(descriptor, offset + start, now.nbytes).reshape(now.shape)
         # One look tells that nothing differs, which is what there is nearly always.
         if np.array_equal(now, then):
             continue
@@ -301,6 +301,25 @@ def _compare(
         pages_differing=differing,
         first_differing=tuple(first),
     )
+
+
+_NOTHING = np.zeros(CHUNK_BYTES // 8, np.uint64)
+
+
+def _dumped(descriptor: int, offset: int, length: int) -> npt.NDArray[np.uint64]:
+    """Read a chunk of a dump.
+
+    A hole is zeros without being read, which would fill the page cache with them.
+    """
+    try:
+        data = os.lseek(descriptor, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        data = offset + length  # nothing but a hole to the end
+    if data >= offset + length:
+        return _NOTHING[: length // 8]
+    return np.frombuffer(os.pread(descriptor, length, offset), np.uint64)
 
 
 def _data(path: Path) -> Iterator[Octets]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lab.errors import QmpError
 from lab.guest.protocol import PAGE_BYTES
-from lab.oracle import _compare, _data, _Dump, _runs, _write_dump
+from lab.oracle import CHUNK_BYTES, _compare, _data, _Dump, _runs, _write_dump
 from lab.vm import RamBlock, parse_ram_blocks, vcpu_places
 
 
@@ -62,6 +62,22 @@ def test_a_dump_is_sparse_and_every_differing_page_is_found(tmp_path: Path) -> N
         other = _compare(file.fileno(), 0, memory.block, os.getpid(), memory.block)
     assert other.pages_differing == 3
     assert other.first_differing == (5 * PAGE_BYTES, 12 * PAGE_BYTES, 23 * PAGE_BYTES)
+
+
+def test_a_page_that_differs_is_found_where_the_dump_has_nothing_but_a_hole(
+    tmp_path: Path,
+) -> None:
+    memory = Memory(4 * CHUNK_BYTES)
+    memory.buffer[2 * CHUNK_BYTES] = 1
+    dump = _Dump(tmp_path / "ram", [memory.block], nonce=None)
+    _write_dump(os.getpid(), dump)
+    changed = [CHUNK_BYTES + PAGE_BYTES, 3 * CHUNK_BYTES]
+    with dump.path.open("rb") as file:
+        for address in changed:
+            memory.buffer[address + 5] = 1
+        found = _compare(file.fileno(), 0, memory.block, os.getpid(), memory.block)
+    assert found.pages_differing == 2
+    assert found.first_differing == tuple(changed)
 
 
 def test_the_table_of_ram_blocks_is_read_with_names_that_hold_anything() -> None:

@@ -1,5 +1,6 @@
 """Random snapshots of random guests are equal byte for byte, and it would be noticed if not."""
 
+import itertools
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ import pytest
 
 import lab
 import lab.__main__ as command_line
-from lab.draw import MAX_RAM_MIB
+from lab.draw import MAX_RAM_MIB, VERSION, Choice, Offer, Trial, draw
 from lab.scenario import METHODS
 from lab.tally import read_record
 from lab.vm import BOOT_TIMEOUT_S
@@ -52,9 +53,63 @@ def test_twenty_random_snapshots_are_equal(
     assert any(result.shot > 2 for result in results)
     for result in results:
         assert result.pages_compared >= result.machine["ram_mib"] * 256
-        if METHODS[result.method].engine is not None:
+        if METHODS[result.method].engine is not None and result.state == "running":
             assert result.faults, result
     assert f"{ITERATIONS} snapshots" in said.out
+
+
+def first_seed(is_wanted: Callable[[Trial], bool], choice: Choice) -> int:
+    """The first seed that gives what is wanted, wherever the tests run."""
+    offer = Offer(ram_kinds=frozenset({"anon", "memfd"}), ksm=False, pressure=False, flash=False)
+    return next(seed for seed in itertools.count() if is_wanted(draw(seed, choice, offer)))
+
+
+def test_generations_are_compared_one_after_the_other_while_images_are_kept(
+    tmp_path: Path,
+) -> None:
+    def is_chain(trial: Trial) -> bool:
+        shots = trial.shots
+        return trial.keep and len(shots) == 3 and all(shot.restored for shot in shots[1:])
+
+    choice = Choice(guest="micro", methods=("live",), ram_kinds=("anon",))
+    seed = first_seed(is_chain, choice)
+    out = tmp_path / "record.jsonl"
+    arguments = [f"--seed={seed}", "--iterations=3", "--guest=micro", "--method=live"]
+    assert command_line.main(["soak", *arguments, "--ram-kind=anon", f"--out={out}"]) == 0
+    results = read_record(out)
+    assert [result.outcome for result in results] == ["equal"] * 3
+    assert [result.generation for result in results] == [0, 1, 2]
+    assert [result.images_kept for result in results] == [0, 1, 2]
+
+
+def test_a_guest_that_is_stopped_is_compared_and_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "record.jsonl"
+    arguments = ["--seed=1", "--iterations=2", "--guest=micro", "--method=live", "--state=paused"]
+    assert command_line.main(["soak", *arguments, f"--out={out}"]) == 0
+    results = read_record(out)
+    assert [(result.outcome, result.state) for result in results] == [("equal", "paused")] * 2
+
+
+def test_a_thread_that_is_stuck_fails_its_iteration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lab.stuck.Watch.finding", "waited over 1 s for one page: CPU 0/TCG")
+    out = tmp_path / "record.jsonl"
+    arguments = ["--seed=1", "--iterations=1", "--guest=micro", "--method=live"]
+    assert command_line.main(["soak", *arguments, f"--out={out}"]) == 1
+    (result,) = read_record(out)
+    assert result.outcome == "failed"
+    assert result.pages_compared
+    assert "waited over 1 s for one page: CPU 0/TCG" in capsys.readouterr().err
+
+
+def test_a_command_of_another_version_of_what_is_drawn_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command_line.main(["soak", "--seed=1", "--iterations=1", "--draw=1"]) == 1
+    said = capsys.readouterr().err
+    assert "version 1" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.thorough
@@ -70,7 +125,7 @@ def test_one_wrong_byte_fails_the_soak_which_says_how_to_see_it_again(
     # A guest of which an image was wrong is left, so the second is another.
     assert [(result.seed, result.shot) for result in results] == [(2, 1), (3, 1)]
     said = capsys.readouterr().err
-    assert "again: lab soak --seed 3 --iterations 1 --method=live --ram-kind=anon" in said
+    assert f"again: lab soak --seed 3 --iterations 1 --draw={VERSION} --method=live" in said
 
 
 @pytest.mark.thorough
