@@ -11,7 +11,7 @@ from lab.guest.build import Guest
 from lab.guest.protocol import kernel_command_line
 from lab.host import require_kvm
 from lab.ram import machine_option, ram_arguments, require_ram
-from lab.scenario import Machine, Workload
+from lab.scenario import Machine, Variant, Workload
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 """What QEMU's own filter of system calls refuses.  No engine needs any of it: userfaultfd is a
@@ -101,13 +101,13 @@ def _append(machine: Machine, workload: Workload) -> str:
     )
 
 
-def check_host(machine: Machine) -> None:
+def check_host(machine: Machine, variant: Variant = "patched") -> None:
     """Refuse early what would fail late.  Under KVM it takes a moment, which it is tried out in.
 
     :raise HostError: when there is not the memory of the kind that is asked for, or no KVM that
         runs a guest for an accelerator that needs it.
     """
-    require_ram(machine)
+    require_ram(machine, variant)
     if machine.accel == "kvm":
         require_kvm(machine.guest)
     check_arguments(machine.extra_args)

@@ -16,11 +16,14 @@ taken of.
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from lab.errors import HostError
 from lab.host import require_disk, require_huge_pages, require_memory, thp_settings
-from lab.scenario import HUGE_PAGE_MIB, Machine
+from lab.scenario import HUGE_PAGE_MIB, Machine, RamKind, Variant
 
 DEFAULT_RAM_DIR = Path("/dev/shm")
 
@@ -59,11 +62,37 @@ def ram_arguments(machine: Machine) -> list[str]:
     return [*size, "-object", f"memory-backend-memfd,{common}{huge}"]
 
 
-def require_ram(machine: Machine) -> None:
+@dataclass(frozen=True)
+class Mount:
+    """A file system in its place: its type, and the options it is mounted with."""
+
+    type: str
+    options: tuple[str, ...]
+
+    @property
+    def permits_huge_pages(self) -> bool:
+        """Whether files there can have transparent huge pages: only those of a tmpfs can."""
+        huge = {f"huge={choice}" for choice in ("always", "within_size", "advise")}
+        return self.type == "tmpfs" and not huge.isdisjoint(self.options)
+
+
+def mount_of(path: Path) -> Mount | None:
+    """Return the file system that holds `path`, or None when the system does not tell."""
+    resolved = path.resolve()
+    mounts = [m for m in psutil.disk_partitions(all=True) if resolved.is_relative_to(m.mountpoint)]
+    if not mounts:
+        return None
+    # Of several mounts on one place the last one is seen.
+    _, found = max(enumerate(mounts), key=lambda m: (len(m[1].mountpoint), m[0]))
+    return Mount(found.fstype, tuple(found.opts.split(",")))
+
+
+def require_ram(machine: Machine, variant: Variant = "patched") -> None:
     """Refuse a machine whose RAM this host does not have.
 
+    :param variant: the QEMU that is to run it.
     :raise HostError: when memory, huge pages or room in `LAB_RAM_DIR` are missing, or transparent
-        huge pages are asked for and switched off for this kind of memory.
+        huge pages are asked for and can not arise in this kind of memory.
     """
     what = f"{machine.ram_mib} MiB of guest RAM"
     kind, _, private = machine.ram_kind.partition("-")
@@ -78,13 +107,45 @@ def require_ram(machine: Machine) -> None:
         remedy = "make room, or set LAB_RAM_DIR to a folder on a larger tmpfs"
         require_disk(ram_dir(), machine.ram_mib, what, remedy)
     if machine.thp:
-        _require_thp("enabled" if kind == "anon" else "shmem_enabled")
+        _require_thp(machine.ram_kind, variant)
 
 
-def _require_thp(setting: str) -> None:
+def _require_thp(ram_kind: RamKind, variant: Variant) -> None:
+    kind, _, private = ram_kind.partition("-")
+    if private:
+        raise HostError(
+            f"RAM of the kind {ram_kind} can not have transparent huge pages: the kernel copies it "
+            "page by page as it is written",
+            f"use ram_kind {kind}, or leave thp unset",
+        )
+    if kind != "anon" and variant == "unpatched":
+        raise HostError(
+            f"RAM of the kind {ram_kind} can not have transparent huge pages in the unpatched "
+            "QEMU, which does not begin it at a multiple of 2 MiB",
+            "use the patched QEMU, or leave thp unset",
+        )
+    if kind == "anon":
+        _require_setting("enabled", "madvise")
+    elif kind == "memfd" or thp_settings().get("shmem_enabled") in ("force", "deny"):
+        _require_setting("shmem_enabled", "advise")
+    else:
+        # That setting is for memory without a mount; a mount has an option of its own.
+        _require_mount_option()
+
+
+def _require_setting(setting: str, choice: str) -> None:
     if thp_settings().get(setting, "never") in ("never", "deny"):
-        choice = "madvise" if setting == "enabled" else "advise"
         raise HostError(
             "transparent huge pages are switched off on this host",
             f"write {choice} to /sys/kernel/mm/transparent_hugepage/{setting}, or leave thp unset",
+        )
+
+
+def _require_mount_option() -> None:
+    mount = mount_of(ram_dir())
+    if mount is None or not mount.permits_huge_pages:
+        raise HostError(
+            f"transparent huge pages are switched off for files in {ram_dir()}",
+            "set LAB_RAM_DIR to a folder on a tmpfs that is mounted with huge=advise, or leave thp "
+            "unset",
         )

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import psutil
 
 from lab.errors import LabError
 from lab.host import require_disk
@@ -30,6 +29,7 @@ from lab.instruments.phases import buffer_summary
 from lab.instruments.slowwrites import noted_since
 from lab.instruments.threads import thread_summary
 from lab.instruments.writelatency import stall_summary
+from lab.ram import mount_of
 from lab.run import Marks, Outcome
 from lab.scenario import Scenario
 from lab.tables import BASELINE_NS, NS_PER_MS, NS_PER_S, fault_summary, find_back, slowdown
@@ -86,14 +86,8 @@ def filesystem_of(path: Path) -> str:
     """Type of the file system that holds `path`, such as ext4 or tmpfs: it is part of what is
     measured.
     """
-    resolved = path.resolve()
-    mounts = [m for m in psutil.disk_partitions(all=True) if resolved.is_relative_to(m.mountpoint)]
-    # Of several mounts on one place the last one is seen.
-    return (
-        max(enumerate(mounts), key=lambda m: (len(m[1].mountpoint), m[0]))[1].fstype
-        if mounts
-        else "unknown"
-    )
+    mount = mount_of(path)
+    return "unknown" if mount is None else mount.type
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ import pandas as pd
 from lab.checksums import Checksums, checksums_of
 from lab.display import html_row
 from lab.errors import HostError, LabError, QmpError, SnapshotError, UsageError
+from lab.escapes import require_none
 from lab.guest.protocol import ReadyRecord
 from lab.host import require_uffd
 from lab.imagefile import partial_image
@@ -75,6 +76,12 @@ ABORT_TIMEOUT_S = 30.0
 POLL_S = 0.001
 QEMU_STATE_BYTES = 64 << 20
 """Room on the disk for what is in an image besides pages: headers and the devices' state."""
+
+LIVE_STATES = ("running", "suspended")
+"""The run states in which QEMU has to be stopped for a snapshot, and goes on afterwards."""
+
+UNTRANSFERABLE = ("debug", "restore-vm")
+"""Run states from which, or into which, the unpatched QEMU knows no way of a migration."""
 
 _ENDED = ("completed", "failed", "cancelled")
 # What an earlier snapshot, or the restore of this guest, may have left switched on.
@@ -349,12 +356,11 @@ class _Attempt:
 
     async def run(self) -> None:
         vm = self.vm
-        self.was_running = await vm.is_running()
-        if await vm.status() == "postmigrate":
-            raise SnapshotError(
-                "QEMU can not migrate a guest twice that has not run in between",
-                "let it run with vm.cont() first, and stop it again if it has to be stopped",
-            )
+        state = await vm.status()
+        self.was_running = state in LIVE_STATES
+        _check_state(self.how, vm.binary.variant, state)
+        if self.how.mechanism == "background" and not self.patched_engine:
+            await require_none(vm, self.how.name)
         try:
             await self._prepare()
             self.since = len(vm.qmp.events)
@@ -621,6 +627,32 @@ class _Attempt:
 
     def _monotonic_ns(self, event: Event | None) -> int | None:
         return None if event is None else event.time_us * 1000 - self.clock_offset_ns
+
+
+def _check_state(how: Method, variant: str, state: str) -> None:
+    """Refuse a snapshot in a run state that QEMU does not take or restore one in.
+
+    :raise SnapshotError: naming the state.
+    """
+    if state == "postmigrate":
+        raise SnapshotError(
+            "QEMU can not migrate a guest twice that has not run in between",
+            "let it run with vm.cont() first, and stop it again if it has to be stopped",
+        )
+    if variant != "unpatched":
+        return  # the patched one refuses by itself what it has to
+    remedy = "let it run with vm.cont() first, or use the patched QEMU"
+    if state in UNTRANSFERABLE or (state == "suspended" and how.mechanism != "background"):
+        # From the latter it would not end before it is to go on.
+        raise SnapshotError(
+            f"the unpatched QEMU would end from migrating a guest in the state {state}", remedy
+        )
+    if how.mechanism == "background" and state not in (*LIVE_STATES, "paused"):
+        raise SnapshotError(
+            f"the unpatched QEMU would end from a {how.name} snapshot of a guest that is stopped "
+            f"in the state {state}",
+            f"take it with stop-and-copy, {remedy}",
+        )
 
 
 _IMAGE_CHANNEL = [

@@ -63,6 +63,9 @@ BOOT_TIMEOUT_S = 120.0
 RESTORE_BYTES_PER_S = 10_000_000
 """A restore slower than this is taken to hang."""
 
+NEEDS_RESET = ("shutdown", "internal-error")
+"""Run states in which QEMU refuses to let the guest run before it is reset."""
+
 HEARTBEAT_S = 0.1
 """A notebook's interrupt takes effect when the event loop wakes next; a quiet one sleeps on."""
 
@@ -581,7 +584,7 @@ async def _started(
     :raise LaunchError: when it dies first.
     """
     guest = micro.find_microguest() if machine.guest == "micro" else find_guest()
-    await asyncio.to_thread(check_host, machine)
+    await asyncio.to_thread(check_host, machine, binary.variant)
     name = f"{NAME_PREFIX}{uuid.uuid4()}"
     qmp_socket, qmp_child = socket.socketpair()
     serial_socket, serial_child = socket.socketpair()
@@ -685,7 +688,8 @@ async def restore(
         silently another one.
     :raise UsageError: when the image can not be read by more than one thread.
     :raise RestoreError: when the image or its sidecar is missing, cut short, damaged, of another
-        machine type or another format, or does not restore.
+        machine type or another format, or does not restore; or its guest can not run before it is
+        reset, and is not to be `paused`.
     :raise HostError: when the host lacks memory, a build or an accelerator.
     """
     async with contextlib.AsyncExitStack() as stack:
@@ -693,7 +697,7 @@ async def restore(
         with open_image(Path(path).absolute()) as image:
             vm = await _restored(image, stack, binary, channels, accel, check=check)
         if not paused:
-            await vm.cont()
+            await _run(vm, image.path.name)
         yield vm
 
 
@@ -749,6 +753,16 @@ async def _restored(
     else:
         await vm._permit_reboot(True)
     return vm
+
+
+async def _run(vm: VM, name: str) -> None:
+    state = await vm.status()
+    if state in NEEDS_RESET:
+        raise RestoreError(
+            f"{name} is of a guest that can not run on: its state is {state}",
+            "restore it with paused=True, and then use vm.reset() and vm.cont()",
+        )
+    await vm.cont()
 
 
 def _has_loaded(event: Event) -> bool:

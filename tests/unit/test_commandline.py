@@ -167,6 +167,33 @@ def test_huge_pages_that_the_host_forbids_can_not_be_asked_for(
         check_host(Machine(ram_mib=128, ram_kind="memfd", thp=True))
 
 
+def test_huge_pages_that_can_not_arise_can_not_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Field report F13."""
+    mount = ram.Mount("tmpfs", ("rw", "huge=never"))
+    settings = {"enabled": "always", "shmem_enabled": "always"}
+    monkeypatch.setattr(ram, "thp_settings", lambda: settings)
+    monkeypatch.setattr(ram, "mount_of", lambda _: mount)
+    shared = Machine(ram_mib=128, ram_kind="memfd", thp=True)
+    check_host(shared)
+    with pytest.raises(HostError, match=r"unpatched QEMU.*2 MiB; use the patched"):
+        check_host(shared, "unpatched")
+    with pytest.raises(HostError, match=r"memfd-private can not.*; use ram_kind memfd"):
+        check_host(Machine(ram_mib=128, ram_kind="memfd-private", thp=True))
+    in_file = Machine(ram_mib=128, ram_kind="file", thp=True)
+    with pytest.raises(HostError, match=r"switched off for files.*LAB_RAM_DIR.*huge=advise"):
+        check_host(in_file)
+    mount = ram.Mount("ext4", ("rw", "huge=always"))
+    with pytest.raises(HostError, match=r"switched off for files"):
+        check_host(in_file)
+    mount = ram.Mount("tmpfs", ("rw", "huge=within_size"))
+    check_host(in_file)
+    settings["shmem_enabled"] = "deny"
+    with pytest.raises(HostError, match=r"switched off on this host"):
+        check_host(in_file)
+
+
 @pytest.mark.parametrize(
     ("problem", "pvm", "said"),
     [("a vCPU does not run", False, "a vCPU does not run"), ("", True, "is PVM"), ("", False, "")],
