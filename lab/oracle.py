@@ -75,8 +75,8 @@ class Verification:
     `lab.guest.protocol.REPLAYED_KINDS`, and for a guest that was taken while it booted).
     `faults` is how many writes of the guest the snapshot held up, None where QEMU does not count
     them.  `detail` is one line about what is wrong, empty when nothing is.  `stuck` is one line
-    about threads that waited for a page that nobody released (`lab.stuck`); that is not part of
-    the verdict, which is about the image.
+    about threads that waited for a page that nobody released (`lab.stuck`), and `watched` whether
+    the kernel shows that; neither is part of the verdict, which is about the image.
     """
 
     method: str
@@ -89,6 +89,7 @@ class Verification:
     detail: str
     faults: int | None = None
     stuck: str = ""
+    watched: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ async def verify_method(
             verdict = await asyncio.to_thread(_judge, vm, dump, restored.pid, found, how.name)
         # QEMU goes on telling about the last background snapshot after an ordinary migration.
         faults = snapshot.counters.get("faults") if how.mechanism == "background" else None
-        return dataclasses.replace(verdict, faults=faults, stuck=watch.finding)
+        return dataclasses.replace(verdict, faults=faults, stuck=watch.finding, watched=watch.sees)
     finally:
         dump_path.unlink(missing_ok=True)
         if keep is None:

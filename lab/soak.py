@@ -411,6 +411,7 @@ def _result(
         pages_compared=0 if found is None else found.pages_compared,
         pages_differing=0 if found is None else found.pages_differing,
         faults=None if found is None else found.faults,
+        watched=found is not None and found.watched,
     )
 
 

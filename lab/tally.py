@@ -35,7 +35,8 @@ class Result:
     `shot` counts the trial's snapshots from 1.  `pages_*` are of 4096 bytes, over all RAM blocks;
     `faults` is how many writes the snapshot held up, None where QEMU does not say.  `detail` is
     one line about what is wrong, empty when nothing is.  `generation` is how many images lie
-    between the guest that booted and this one, `images_kept` how many were on the disk.
+    between the guest that booted and this one, `images_kept` how many were on the disk, and
+    `watched` whether it would have been seen that a thread was stuck (`lab.stuck`).
 
     What has a default is missing in records of before it was drawn.
     """
@@ -62,6 +63,7 @@ class Result:
     images_kept: int = 0
     ksm: bool = False
     pressure: bool = False
+    watched: bool = False
 
     def reproduce(self, choice: Choice) -> str:
         """Return the command that does this iteration again, and the trial's before it."""
@@ -243,6 +245,7 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
         "while_booting": sum(result.reset for result in results),
         "with_ksm": sum(result.ksm for result in results),
         "with_swapping": sum(result.pressure for result in results),
+        "watched": sum(result.watched for result in results),
         "with_images_kept": sum(result.images_kept > 0 for result in results),
     }
 
@@ -317,6 +320,7 @@ def _dimensions_text(total: Mapping[str, Any]) -> str:
         "KSM": total["with_ksm"],
         "swapping": total["with_swapping"],
         "images kept": total["with_images_kept"],
+        "watched for stuck threads": total["watched"],
     }
     return "\n".join([*lines, "with: " + ", ".join(f"{k} {n}" for k, n in counts.items())])
 

@@ -65,3 +65,4 @@ async def test_in_an_ordinary_snapshot_nobody_is_stuck_and_the_hold_is_not_count
         assert found.equal, found.detail
         assert found.faults
         assert found.stuck == ""
+        assert found.watched
