@@ -51,7 +51,8 @@ class OwnTask(Generic[T]):
     """An async context that is entered and left by a task of its own.
 
     A loop that ends cancels its tasks before it closes generators that are still open, all of them
-    at once.  A context of many layers is left in order by the first, and not by the second.
+    at once.  A context of many layers is left in order by the first, and not by the second.  What
+    is raised inside is not told to the context.
 
     :param abandon: called when it is left in another loop, where nothing of it can be awaited, or
         its own is found to be closed.
@@ -77,9 +78,11 @@ class OwnTask(Generic[T]):
         self._task = asyncio.create_task(self._hold(), name=self._name)
         try:
             return await asyncio.shield(self._entered)
-        except asyncio.CancelledError:
+        except BaseException:
             self._task.cancel()
             await self._ended()
+            if not self._entered.cancelled():
+                self._entered.exception()  # nobody else will ask, which asyncio complains about
             raise
 
     async def __aexit__(

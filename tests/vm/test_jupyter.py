@@ -135,3 +135,60 @@ async def test_a_killed_kernel_leaves_no_guest(notebook: Notebook) -> None:
     with pytest.raises(DeadKernelError):
         async with asyncio.timeout(BOUND_S):
             await notebook.task
+
+
+IN_A_SUBSHELL = """
+import lab
+context = lab.boot(lab.Machine(guest="micro", ram_mib=64), lab.Workload("random", wss_mib=16))
+vm = await context.__aenter__()
+print(vm.pid)
+"""
+USED_ELSEWHERE = """
+try:
+    await vm.status()
+except lab.UsageError as error:
+    print(error)
+"""
+
+
+async def printed(client: Any, code: str, subshell: str | None = None) -> str:
+    """Run code in the kernel, or in a subshell of it; return what it prints."""
+    message = client.session.msg("execute_request", {"code": code, "silent": False})
+    message["header"]["subshell_id"] = subshell
+    client.shell_channel.send(message)
+    text = ""
+    async with asyncio.timeout(BOUND_S):
+        while True:
+            reply = await client.iopub_channel.get_msg()
+            if reply["parent_header"].get("msg_id") != message["header"]["msg_id"]:
+                continue
+            if reply["msg_type"] == "error":
+                raise AssertionError(reply["content"])
+            text += str(reply["content"].get("text", ""))
+            if reply["content"].get("execution_state") == "idle":
+                return text
+
+
+async def control(client: Any, kind: str, **content: object) -> dict[str, Any]:
+    client.control_channel.send(client.session.msg(kind, content))
+    async with asyncio.timeout(BOUND_S):
+        reply: dict[str, Any] = (await client.control_channel.get_msg())["content"]
+    assert reply["status"] == "ok"
+    return reply
+
+
+async def test_a_guest_of_a_deleted_subshell_is_refused_in_one_line_and_ended(
+    notebook: Notebook,
+) -> None:
+    """Field report F23."""
+    client: Any = notebook.client.kc
+    subshell = (await control(client, "create_subshell_request"))["subshell_id"]
+    process = psutil.Process(int(await printed(client, IN_A_SUBSHELL, subshell)))
+    assert "qemu" in process.name()
+    assert "belongs to the event loop of thread" in await printed(client, USED_ELSEWHERE)
+    await control(client, "delete_subshell_request", subshell_id=subshell)
+    assert not is_gone(process)
+    line = await printed(client, USED_ELSEWHERE)
+    assert "which has ended, and so has the guest" in line
+    assert line.count("\n") == 1
+    await until(lambda: is_gone(process))
