@@ -85,6 +85,8 @@ class PartialImage:
         new = _partial(beside)
         try:
             _write_all(self._beside, sidecar.to_text().encode(), 0)
+            # Some file systems tell only now, as NFS does, that what was written is not there.
+            os.close(os.dup(self._descriptor))
             self.path.rename(self._image)
         except OSError as error:
             raise self._incomplete(error) from error

@@ -386,6 +386,9 @@ class _Attempt:
             if self.storage is not None:
                 await self.storage.finish()
             self.migration = await vm.execute("query-migrate")
+            if why := self.migration.get("error-desc"):
+                # Some file systems tell only at the end that the image is not all there.
+                raise SnapshotError(f"{self.how.name} failed at its very end: {why}")
             self.clock_offset_ns = time.clock_gettime_ns(time.CLOCK_REALTIME) - time.monotonic_ns()
             if self.fault_log_path is not None:
                 self.fault_log = read_fault_log(self.fault_log_path, await vm.vcpu_threads())

@@ -1,5 +1,5 @@
 /*
- * A gate in front of QEMU's userfaultfd calls, loaded with LD_PRELOAD by the tests of failures.
+ * A gate in front of some of QEMU's system calls, loaded with LD_PRELOAD by the tests of failures.
  *
  * A phase of a snapshot lasts for microseconds, so that nothing can be sent to QEMU "during" it by
  * chance. Here a call can be held until the test lets it go on, or be made to fail. The test and
@@ -13,14 +13,16 @@
 #include <linux/userfaultfd.h>
 #include <stdarg.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { OPEN, HOLD, FAIL };
-enum { REGISTER, PROTECT, RELEASE, UNREGISTER, GATES };
+enum { REGISTER, PROTECT, RELEASE, UNREGISTER, CLOSE, GATES };
 
 struct gate {
     _Atomic int state;
@@ -31,6 +33,7 @@ struct gate {
 
 static struct gate *gates;
 static int (*real_ioctl)(int, unsigned long, ...);
+static int (*real_close)(int);
 
 __attribute__((constructor)) static void attach(void)
 {
@@ -39,6 +42,7 @@ __attribute__((constructor)) static void attach(void)
     void *page;
 
     real_ioctl = dlsym(RTLD_NEXT, "ioctl");
+    real_close = dlsym(RTLD_NEXT, "close");
     if (fd < 0) {
         return;
     }
@@ -64,6 +68,25 @@ static int gate_of(unsigned long request, const void *argument)
     }
 }
 
+/* Whether a call is to fail; returns after it was held, if it was. */
+static bool fails(int number)
+{
+    struct gate *gate = &gates[number];
+
+    if (gate->state == OPEN || atomic_fetch_sub(&gate->skip, 1) > 0) {
+        return false;
+    }
+    atomic_fetch_add(&gate->hits, 1);
+    if (gate->state == FAIL) {
+        errno = gate->error;
+        return true;
+    }
+    while (gate->state == HOLD) {
+        nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
+    }
+    return false;
+}
+
 int ioctl(int fd, unsigned long request, ...)
 {
     va_list list;
@@ -75,17 +98,16 @@ int ioctl(int fd, unsigned long request, ...)
     va_end(list);
 
     number = gates ? gate_of(request, argument) : -1;
-    if (number >= 0 && gates[number].state != OPEN && atomic_fetch_sub(&gates[number].skip, 1) <= 0) {
-        struct gate *gate = &gates[number];
+    return number >= 0 && fails(number) ? -1 : real_ioctl(fd, request, argument);
+}
 
-        atomic_fetch_add(&gate->hits, 1);
-        if (gate->state == FAIL) {
-            errno = gate->error;
-            return -1;
-        }
-        while (gate->state == HOLD) {
-            nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
-        }
-    }
-    return real_ioctl(fd, request, argument);
+/* Of a file that was written to. It is closed even if that fails, as by the kernel. */
+int close(int fd)
+{
+    struct stat status;
+    bool written = gates && gates[CLOSE].state != OPEN && !fstat(fd, &status) &&
+                   S_ISREG(status.st_mode) && (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDONLY;
+    int result = real_close ? real_close(fd) : 0;
+
+    return written && fails(CLOSE) ? -1 : result;
 }

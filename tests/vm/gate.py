@@ -16,7 +16,7 @@ import pytest
 
 #: In the order of gate.c. Which phase a call belongs to differs between engines: `copy` registers
 #: and protects ahead of the pause, the others in it.
-NAMES = ("register", "protect", "release", "unregister")
+NAMES = ("register", "protect", "release", "unregister", "close")
 OPEN, HOLD, FAIL = range(3)
 _GATE = struct.Struct("=4i")
 _SOURCE = Path(__file__).with_name("gate.c")

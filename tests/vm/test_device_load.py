@@ -159,6 +159,19 @@ async def test_a_restored_guest_goes_on_using_its_devices(tmp_path: Path) -> Non
         await verified(again, "live", tmp_path)
 
 
+@pytest.mark.parametrize("disk", ["virtio", "scsi"])
+async def test_a_disk_with_a_thread_of_its_own_goes_on_however_often_the_guest_is_stopped(
+    disk: DiskKind,
+) -> None:
+    """No interrupt is lost when the thread stops.  Field report F5."""
+    async with lab.boot(machine(disk, "none", iothread=True), WORKLOAD) as vm:
+        for _ in range(20):
+            for _ in range(10):
+                await vm.stop()
+                await vm.cont()
+            await devices_work(vm, more=3)
+
+
 async def test_memory_that_goes_into_the_balloon_meanwhile_is_in_the_image(tmp_path: Path) -> None:
     """QEMU takes the pages from the guest and, while a snapshot runs, does not discard them."""
     ram_bytes = 256 << 20

@@ -10,6 +10,7 @@ of its system calls (`gate.py`).
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import json
 import mmap
 import os
@@ -46,6 +47,7 @@ from tests.vm.bench import (
     until_phase,
     until_status,
     userfaults,
+    works_on,
 )
 from tests.vm.failing_disk import full_after, stalling
 from tests.vm.gate import Gates
@@ -378,6 +380,86 @@ async def test_the_kernel_refuses(vm: VM, gates: Gates, method: str, tmp_path: P
             assert gates.hits(call) > 0
         assert failed["error-desc"]
         await is_left_alone(vm)
+    await next_one_is_right(vm, method, tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS_HERE)
+async def test_the_kernel_refuses_to_release(
+    vm: VM, gates: Gates, method: str, tmp_path: Path
+) -> None:
+    """It fails with the kernel's reason, and nobody waits although the kernel goes on refusing.
+
+    Field report F8.
+    """
+    await configure(vm, method)
+    for error, skip in ((errno.EAGAIN, 20), (errno.EINVAL, 40)):
+        with gates.failing("release", error=error, skip=skip):
+            await start(vm, tmp_path / "image")
+            failed = await ended(vm, "failed")
+            assert gates.hits("release") > 0
+            await is_left_alone(vm)
+        assert "release" in failed["error-desc"]
+        assert os.strerror(error) in failed["error-desc"]
+    await next_one_is_right(vm, method, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["live", "live-mapped"])
+async def test_the_kernel_refuses_to_release_while_the_disk_does_not_answer(
+    vm: VM, gates: Gates, method: str, tmp_path: Path
+) -> None:
+    """Nobody waits for the disk only because the kernel refuses.  Field report F8."""
+    async with stalling(tmp_path / "disk", 512) as disk:
+        await begin(vm, method, disk.folder / "image", hold=True)
+        await until_status(vm, "pre-switchover")
+        await disk.freeze()
+        # The sweep releases its first chunk, and stops at writing it; the rest are faults.
+        with gates.failing("release", error=errno.EINVAL, skip=2):
+            await vm.execute("migrate-continue", {"state": "pre-switchover"})
+            await gates.reached("release")
+            await works_on(vm)
+            await works_on(vm)
+        await disk.thaw()
+        failed = await ended(vm, "failed")
+        assert os.strerror(errno.EINVAL) in failed["error-desc"]
+    await next_one_is_right(vm, method, tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS_HERE)
+async def test_the_file_can_not_be_closed(
+    vm: VM, gates: Gates, method: str, tmp_path: Path
+) -> None:
+    """What only closing tells, as with NFS or a quota, is an error, and the image is no image."""
+    with gates.failing("close", error=errno.EDQUOT):
+        await begin(vm, method, tmp_path / "image")
+        reply = await ended(vm, "completed")
+    assert os.strerror(errno.EDQUOT) in reply["error-desc"]
+    (tmp_path / "image").unlink()
+
+    with (
+        gates.failing("close", error=errno.EDQUOT),
+        pytest.raises(SnapshotError, match=os.strerror(errno.EDQUOT)),
+    ):
+        await take(vm, tmp_path / "a.snap", method, progress=False, fault_log=False)
+    assert list(tmp_path.iterdir()) == []
+    await next_one_is_right(vm, method, tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS_HERE)
+async def test_another_one_at_once_after_the_first(vm: VM, method: str, tmp_path: Path) -> None:
+    """It is refused in one line as long as the first is not cleaned up.  Field report F21."""
+    refusals = []
+    for number in range(3):
+        await begin(vm, method, tmp_path / f"first-{number}")
+        await until_status(vm, "completed")
+        while True:
+            try:
+                await start(vm, tmp_path / "second")
+                break
+            except QmpError as error:
+                refusals.append(error.cause)
+        await ended(vm, "completed")
+        await is_left_alone(vm)
+    assert all("cleaned up" in each for each in refusals)
     await next_one_is_right(vm, method, tmp_path)
 
 

@@ -15,6 +15,7 @@ import lab
 from lab import oracle
 from lab.errors import QmpError
 from lab.oracle import verify_method
+from lab.scenario import METHODS
 from lab.snapshot import Hold, Snapshot, take
 from lab.vm import VM
 from tests.vm.bench import (
@@ -202,3 +203,69 @@ async def test_given_up_while_the_disk_does_not_answer(
     await is_left_alone(vm)
     found = await verify_method(vm, method, tmp_path)
     assert found.equal, found.detail
+
+
+@pytest.mark.parametrize("method", METHODS_HERE)
+async def test_qemu_answers_while_the_disk_does_not(vm: VM, method: str, tmp_path: Path) -> None:
+    """A command that is refused waits for nobody, with the guest's writer waiting for its page.
+
+    Field report F7.
+    """
+    async with stalling(tmp_path / "disk", DISK_MIB) as disk:
+        await stall_on_disk(vm, method, disk)
+        if METHODS[method].engine != "copy" and await answered(vm) is None:
+            # These engines let the guest wait with QEMU's big lock held, if it has it.
+            await yank(vm)
+        for driver in ("virtio-rng-pci", "no-such-device"):
+            with pytest.raises(QmpError, match=r"migrating|not a valid"):
+                await vm.qmp.execute("device_add", {"driver": driver}, timeout_s=ANSWER_S)
+        assert await answered(vm) is not None
+        await disk.thaw()
+        await ended(vm, "completed", "failed")
+    await is_left_alone(vm)
+
+
+@pytest.mark.platforms("tcg")
+@pytest.mark.parametrize("method", ["live", "live-mapped"])
+async def test_qemu_answers_while_it_writes_to_the_guest_itself(
+    method: str, tmp_path: Path
+) -> None:
+    """The main loop writes to a protected page, and there is no room to copy it to.
+
+    Field report F7.
+    """
+    load = lab.Machine(ram_mib=192, balloon=True), lab.Workload("random", wss_mib=64)
+    async with (
+        lab.boot(*load) as vm,
+        stalling(tmp_path / "disk", DISK_MIB) as disk,
+    ):
+        path = await balloon_path(vm)
+        interval = {"path": path, "property": "guest-stats-polling-interval", "value": 1}
+        await stall_on_disk(vm, method, disk)
+        copied: int = (await info(vm))["snapshot"]["pages-copied"]
+        # The answer of a second ago is handed back to the guest, in a ring in its memory.
+        await vm.qmp.execute("qom-set", interval, timeout_s=ANSWER_S)
+
+        async def written() -> bool:
+            reply = await answered(vm)
+            assert reply is not None, "QEMU does not answer"
+            return int(reply["snapshot"]["pages-copied"]) > copied
+
+        await until(written)
+        assert waiting_writers(vm) == 1
+        await vm.qmp.execute("migrate_cancel", timeout_s=ANSWER_S)
+        await works_on(vm)
+        await disk.thaw()
+        await ended(vm, "cancelled")
+        await is_left_alone(vm)
+        found = await verify_method(vm, method, tmp_path)
+        assert found.equal, found.detail
+
+
+async def balloon_path(vm: VM) -> str:
+    """Where QEMU keeps the balloon; the guest has answered once how much memory it has."""
+    for folder in ("peripheral-anon", "peripheral"):
+        for entry in await vm.execute("qom-list", {"path": f"/machine/{folder}"}):
+            if entry["type"].startswith("child<virtio-balloon"):
+                return f"/machine/{folder}/{entry['name']}"
+    raise AssertionError("there is no balloon")
