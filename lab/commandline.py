@@ -10,7 +10,15 @@ from lab.guest import micro
 from lab.guest.build import Guest
 from lab.guest.protocol import kernel_command_line
 from lab.host import require_kvm
-from lab.ram import machine_option, ram_arguments, require_ram
+from lab.limits import (
+    QEMU_DESCRIPTORS,
+    QEMU_DISK_THREADS,
+    QEMU_THREADS,
+    require_limit,
+    require_lockable,
+    require_threads,
+)
+from lab.ram import QEMU_OVERHEAD_MIB, machine_option, ram_arguments, require_ram
 from lab.scenario import Machine, Variant, Workload
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -105,9 +113,18 @@ def check_host(machine: Machine, variant: Variant = "patched") -> None:
     """Refuse early what would fail late.  Under KVM it takes a moment, which it is tried out in.
 
     :raise HostError: when there is not the memory of the kind that is asked for, or no KVM that
-        runs a guest for an accelerator that needs it.
+        runs a guest for an accelerator that needs it, or a limit of this process is too low for
+        QEMU.
     """
     require_ram(machine, variant)
+    require_limit("NOFILE", QEMU_DESCRIPTORS + machine.vcpus, "the files that QEMU opens")
+    disk_threads = 0 if machine.disk == "none" else QEMU_DISK_THREADS
+    require_threads(QEMU_THREADS + machine.vcpus + disk_threads, "QEMU")
+    if any("mem-lock=on" in argument for argument in machine.extra_args):
+        locked = machine.ram_mib + QEMU_OVERHEAD_MIB << 20
+        require_lockable(
+            locked, f"{machine.ram_mib} MiB of guest RAM and QEMU's own, with mem-lock"
+        )
     if machine.accel == "kvm":
         require_kvm(machine.guest)
     check_arguments(machine.extra_args)

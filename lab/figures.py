@@ -13,7 +13,7 @@ from lab.anatomy import df_fault_stages
 from lab.errors import RunError, UsageError
 from lab.floor.summary import df_floor_medians
 from lab.overhead import df_overhead, df_sample_gaps
-from lab.run import Run, RunSet
+from lab.run import Run, RunSet, held_back_text
 from lab.summary import heading, in_shown_units
 
 SLOWDOWN_BIN_MS = 10.0
@@ -263,6 +263,7 @@ def floor_stamp_text(run_set: RunSet) -> str:
         f"{host.get('cpu_count', '?')} CPUs, {host.get('cpu_model', 'unknown')}",
         f"Linux {host.get('kernel', 'unknown')}",
         f"files on {host.get('image_filesystem', 'unknown')}",
+        *held_back_text(run_set.measured(), "rounds"),
         f"set {run_set.name}, {run_set.record.created_utc[:10]}",
     ]
     return " | ".join(parts)

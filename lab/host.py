@@ -18,7 +18,9 @@ import psutil
 from lab.cache import cache_dir
 from lab.errors import HostError, LabError
 from lab.ksm import KSM, ksm_runs, merges_everything
+from lab.limits import Limits, cpu_quota, memory_room, memory_rooms, process_limit
 from lab.probe import KVM_DEVICE, UffdProbe, kvm_is_pvm, probe_kvm, probe_uffd
+from lab.room import room_bytes
 from lab.scenario import HUGE_PAGE_MIB, GuestKind
 
 Status = Literal["ok", "warn", "fail"]
@@ -78,6 +80,8 @@ class HostInfo:
     thp: dict[str, str]
     python: str
     libraries: dict[str, str]
+    limits: Limits | None = None
+    """What the measuring process could use of it; None in sets that are older than this."""
 
     @classmethod
     def collect(cls) -> "HostInfo":
@@ -103,6 +107,7 @@ class HostInfo:
             thp=thp_settings(),
             python=platform.python_version(),
             libraries=_libraries(),
+            limits=Limits.collect(),
         )
 
 
@@ -200,8 +205,8 @@ def require_setpriv() -> str:
 
 
 def available_memory_mib() -> int:
-    """What can be allocated without swapping."""
-    return int(psutil.virtual_memory().available // _MIB)
+    """What this process can allocate without swapping, and without being killed for it."""
+    return memory_room().available // _MIB
 
 
 def require_memory(needed_mib: int, what: str) -> None:
@@ -210,11 +215,12 @@ def require_memory(needed_mib: int, what: str) -> None:
     :param what: what needs it, such as "1024 MiB of guest RAM".
     :raise HostError: when it cannot.
     """
-    available_mib = available_memory_mib()
-    if available_mib < needed_mib:
+    room = memory_room()
+    if room.available < needed_mib * _MIB:
         raise HostError(
-            f"{what} need {needed_mib} MiB of host memory and {available_mib} MiB are available",
-            "choose a smaller ram_mib, or stop other programs",
+            f"{what} need {needed_mib} MiB of memory and {room.available // _MIB} MiB are available"
+            f" of the {room.limit // _MIB} MiB of {room.owner}",
+            room.remedy,
         )
 
 
@@ -242,22 +248,6 @@ def require_huge_pages(needed_mib: int, what: str) -> None:
             f"{what} need {needed} huge pages and {available} of {reserved} are available",
             f"`sudo sysctl vm.nr_hugepages={reserved - available + needed}`, and as many again for"
             " a second guest; or use another ram_kind",
-        )
-
-
-def require_disk(folder: Path, needed_mib: int, what: str, remedy: str) -> None:
-    """Check that a folder's file system has so much room.
-
-    :param what: what needs it, such as "an image".
-    :raise HostError: when it has not, or there is no such folder.
-    """
-    try:
-        free_mib = shutil.disk_usage(folder).free // _MIB
-    except OSError as error:
-        raise HostError(f"{folder}: {error.strerror}", "name a folder that exists") from error
-    if free_mib < needed_mib:
-        raise HostError(
-            f"{what} needs {needed_mib} MiB in {folder} and {free_mib} MiB are free", remedy
         )
 
 
@@ -426,12 +416,22 @@ def _check_ksm() -> list[Check]:
 
 def _check_cpu() -> list[Check]:
     count = os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0))
+    quota = cpu_quota()
     governor = _governor()
-    if count < 2:
-        detail = "one CPU: guest, snapshot and sampler take turns, so latencies mean little"
+    here = f"{count} CPUs" if allowed == count else f"{allowed} of {count} CPUs, by affinity"
+    if quota is not None and quota.cpus < allowed:
+        detail = (
+            f"{here}, of which the cgroup {quota.name} may use {quota.cpus:g} ({quota.file}): what"
+            " is measured stands still when that is used up"
+        )
+        remedy = f"measure without {quota.file}, or give it to as many CPUs as there are"
+        checks = [Check(name="cpu", status="warn", detail=detail, remedy=remedy)]
+    elif allowed < 2:
+        detail = f"{here}: guest, snapshot and sampler take turns, so latencies mean little"
         checks = [Check(name="cpu", status="warn", detail=detail, remedy="use two CPUs or more")]
     else:
-        checks = [Check(name="cpu", status="ok", detail=f"{count} CPUs")]
+        checks = [Check(name="cpu", status="ok", detail=here)]
     if governor and governor != "performance":
         remedy = "`sudo cpupower frequency-set -g performance` while measuring"
         checks.append(Check(name="governor", status="warn", detail=governor, remedy=remedy))
@@ -456,8 +456,10 @@ def _check_huge_pages() -> list[Check]:
     return [Check(name="huge pages", status="ok", detail=detail)]
 
 
-def _room(name: str, free_mib: int, low_mib: int, too_low_mib: int, remedy: str) -> Check:
-    detail = f"{free_mib} MiB available"
+def _room(
+    name: str, free_mib: int, low_mib: int, too_low_mib: int, remedy: str, of: str = ""
+) -> Check:
+    detail = f"{free_mib} MiB available{of}"
     if free_mib < too_low_mib:
         return Check(name=name, status="fail", detail=detail, remedy=remedy)
     if free_mib < low_mib:
@@ -466,12 +468,32 @@ def _room(name: str, free_mib: int, low_mib: int, too_low_mib: int, remedy: str)
 
 
 def _check_room() -> list[Check]:
-    memory_mib = available_memory_mib()
-    disk_mib = shutil.disk_usage(cache_dir()).free // _MIB
+    memory = memory_room()
+    of = f" of the {memory.limit // _MIB} MiB of {memory.owner}"
+    disk_mib = max(room_bytes(cache_dir()), 0) // _MIB
     return [
-        _room("memory", memory_mib, 3072, 768, "stop other programs, or use a smaller --ram-mib"),
+        _room("memory", memory.available // _MIB, 3072, 768, memory.remedy, of),
         _room("disk", disk_mib, 6144, 1024, f"make room in {cache_dir()}, or set LAB_CACHE"),
+        _check_limits(),
     ]
+
+
+def _check_limits() -> Check:
+    """Show what binds this process, besides CPUs; what is too low for a guest is said at its
+    boot.
+    """
+    found = Limits.collect()
+    binding = [f"{room.limit // _MIB} MiB of {room.owner}" for room in memory_rooms()[1:]]
+    binding += [f"RLIMIT_{name} {value}" for name, value in found.process.items()]
+    binding += [] if found.threads is None else [f"pids.max {found.threads}"]
+    size = process_limit("FSIZE")
+    if size is not None:
+        detail = f"a file may not be larger than {size // _MIB} MiB (RLIMIT_FSIZE); " + "; ".join(
+            binding
+        )
+        remedy = "`ulimit -f unlimited` before, or smaller guests: their images are as large as RAM"
+        return Check(name="limits", status="warn", detail=detail, remedy=remedy)
+    return Check(name="limits", status="ok", detail="; ".join(binding) or "none")
 
 
 def _check_programs() -> list[Check]:

@@ -44,9 +44,10 @@ from lab.guest.protocol import (
     find_progress_page,
 )
 from lab.hostmem import RemoteWindow
+from lab.room import require_room
 from lab.scenario import METHODS
 from lab.sidecar import sidecar_path
-from lab.snapshot import take
+from lab.snapshot import resident_bytes, take
 from lab.stuck import watching
 from lab.vm import VM, RamBlock, restore
 
@@ -128,6 +129,7 @@ async def verify_method(
     :param storage_mib_per_s: write the image no faster, see `VM.snapshot`.
     :param keep: have the image there, and leave it.
     :raise UsageError: when the method does not exist or needs the other QEMU.
+    :raise HostError: when there is no room for image and copy, before or while they are written.
     :raise SnapshotError: when the snapshot fails.
     :raise RestoreError: when it can not be restored.
     """
@@ -142,6 +144,10 @@ async def verify_method(
         with watch.suspended():
             await asyncio.to_thread(_write_dump, vm.pid, dump)
 
+    # The image has about as much.
+    remedy = "free some disk space, use another folder, or a smaller guest"
+    needed = 2 * min(vm.machine.ram_mib << 20, resident_bytes(vm.pid))
+    require_room(workdir, needed, "an image and what it is compared with", remedy)
     try:
         async with watching(vm.pid) as watch:
             snapshot = await take(
@@ -189,6 +195,7 @@ def _pages(octets: Octets) -> npt.NDArray[np.uint64]:
 
 def _write_dump(pid: int, dump: _Dump) -> None:
     """Copy every block into a sparse file, leaving holes where pages are zero."""
+    remedy = "free some disk space, or use another folder"
     descriptor = os.open(dump.path, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o600)
     with contextlib.closing(os.fdopen(descriptor, "r+b", buffering=0)) as file:
         end = 0
@@ -196,10 +203,24 @@ def _write_dump(pid: int, dump: _Dump) -> None:
             for start, octets in _chunks(pid, block):
                 rows = _pages(octets)
                 base = offset + start
-                for first, last in _runs(_any_by_row(rows)):
-                    _pwrite_all(file.fileno(), rows[first:last], base + first * PAGE_BYTES)
+                require_room(dump.path.parent, rows.nbytes, "a copy of the guest's memory", remedy)
+                with _writing(dump.path):
+                    for first, last in _runs(_any_by_row(rows)):
+                        _pwrite_all(file.fileno(), rows[first:last], base + first * PAGE_BYTES)
             end = offset + -(-block.used_bytes // PAGE_BYTES) * PAGE_BYTES
-        file.truncate(end)
+        with _writing(dump.path):
+            file.truncate(end)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SnapshotError(
+            f"the guest's memory can not be written to {path}: {error.strerror}",
+            "use another folder, or a smaller guest",
+        ) from error
 
 
 def _pwrite_all(descriptor: int, rows: npt.NDArray[np.uint64], offset: int) -> None:

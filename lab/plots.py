@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from lab.run import held_back_text
 from lab.scenario import METHODS, UNLIMITED_BY_ZERO, recorded_dimension
 from lab.stats import quantile
 
@@ -176,6 +177,7 @@ def stamp_text(run_set: RunSet, cases: Sequence[str] | None = None) -> str:
         str(host.get("cpu_model") or host.get("cpu") or "unknown CPU"),
         f"Linux {host.get('kernel') or host.get('kernel_release') or 'unknown'}",
         "QEMU " + ", ".join(builds),
+        *held_back_text(runs),
         f"set {run_set.name}, {run_set.record.created_utc[:10]}",
     ]
     return " | ".join(parts)

@@ -23,6 +23,7 @@ from pathlib import Path
 from lab.errors import LaunchError
 from lab.host import require_setpriv
 from lab.ksm import PR_SET_MEMORY_MERGE, merges_everything
+from lab.limits import KilledForMemory
 from lab.workdir import private_folder
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,12 @@ class Process:
         self.command = list(command)
         self.workdir = workdir
         """A private directory that lives as long as the process."""
+        self._out_of_memory = KilledForMemory(process.pid)
+
+    def find_groups(self) -> None:
+        """Look again which control groups it is in, as somebody may have moved it."""
+        if self.exit_code is None:
+            self._out_of_memory = KilledForMemory(self.pid)
 
     @property
     def pid(self) -> int:
@@ -98,9 +105,12 @@ class Process:
         """Return the error for a QEMU that went away while `doing` something."""
         tail = self.log_text().splitlines()[-LOG_TAIL_LINES:]
         said = next(reversed(self.messages()), "")
+        remedy = "see the error's log_tail and command, or `lab -v`"
+        if self.exit_code == -signal.SIGKILL and (why := self._out_of_memory.why()):
+            said, remedy = why, "choose a smaller guest, or give that cgroup more memory"
         return LaunchError(
             f"QEMU {_how_it_ended(self.exit_code)} while {doing}" + (f": {said}" if said else ""),
-            "see the error's log_tail and command, or `lab -v`",
+            remedy,
             command=self.command,
             log_tail="\n".join(tail),
             exit_code=self.exit_code,
@@ -183,6 +193,9 @@ def _spawn(argv: Sequence[str], output: int, pass_fds: Sequence[int]) -> "subpro
         stdout=output,
         stderr=output,
         start_new_session=True,
+        # Python ignores SIGXFSZ, and QEMU shall, too: what is larger than a file may be fails a
+        # snapshot then, and does not end the guest.
+        restore_signals=False,
         pass_fds=pass_fds,
     )
     try:

@@ -22,13 +22,17 @@ from pathlib import Path
 import psutil
 
 from lab.errors import HostError
-from lab.host import require_disk, require_huge_pages, require_memory, thp_settings
+from lab.host import require_huge_pages, require_memory, thp_settings
+from lab.limits import LimitName, require_limit
+from lab.room import require_room
 from lab.scenario import HUGE_PAGE_MIB, Machine, RamKind, Variant
 
 DEFAULT_RAM_DIR = Path("/dev/shm")
 
 QEMU_OVERHEAD_MIB = 96
 """What QEMU needs besides guest RAM: its code, translated blocks and thread stacks."""
+
+_ADDRESS_LIMITS: tuple[LimitName, ...] = ("AS", "DATA")
 
 _BLOCK_NAME = "pc.ram"
 
@@ -91,8 +95,9 @@ def require_ram(machine: Machine, variant: Variant = "patched") -> None:
     """Refuse a machine whose RAM this host does not have.
 
     :param variant: the QEMU that is to run it.
-    :raise HostError: when memory, huge pages or room in `LAB_RAM_DIR` are missing, or transparent
-        huge pages are asked for and can not arise in this kind of memory.
+    :raise HostError: when memory, huge pages or room in `LAB_RAM_DIR` are missing, a limit of this
+        process forbids so much of it, or transparent huge pages are asked for and can not arise in
+        this kind of memory.
     """
     what = f"{machine.ram_mib} MiB of guest RAM"
     kind, _, private = machine.ram_kind.partition("-")
@@ -103,9 +108,14 @@ def require_ram(machine: Machine, variant: Variant = "patched") -> None:
         # A private page is there twice: as it was read from the file, and as it was written.
         copies = 2 if private else 1
         require_memory(machine.ram_mib * copies + QEMU_OVERHEAD_MIB, what)
+    if kind in ("memfd", "file", "hugetlb"):
+        require_limit("FSIZE", machine.ram_mib << 20, f"{what} of kind {machine.ram_kind}")
     if kind == "file":
         remedy = "make room, or set LAB_RAM_DIR to a folder on a larger tmpfs"
-        require_disk(ram_dir(), machine.ram_mib, what, remedy)
+        require_room(ram_dir(), machine.ram_mib << 20, what, remedy)
+    # Both count addresses, not memory in use, of which QEMU has more.
+    for name in _ADDRESS_LIMITS:
+        require_limit(name, machine.ram_mib + QEMU_OVERHEAD_MIB << 20, what)
     if machine.thp:
         _require_thp(machine.ram_kind, variant)
 

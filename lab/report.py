@@ -24,6 +24,7 @@ from lab.overhead import (
     sampling_cost,
     varied_instruments,
 )
+from lab.room import require_room
 from lab.run import RunSet
 from lab.sample import TAIL_LIMIT_S
 from lab.scenario import recorded_dimension
@@ -165,6 +166,17 @@ def render_report(run_set: RunSet) -> str:
     parts.append("<h2>What each number is</h2>" + _table(definitions(), "text"))
     parts += _list("What the numbers do not show", _limits(run_set))
     return "\n".join(parts + _tail(run_set))
+
+
+def write_report(path: Path, page: str) -> None:
+    """Write a page into a file.
+
+    :raise HostError: when the disk has no room for it.
+    """
+    content = page.encode()
+    if path.is_file() or not path.exists():
+        require_room(path.parent, len(content), "a report", "free some disk space")
+    path.write_bytes(content)
 
 
 def _limits(run_set: RunSet) -> list[str]:

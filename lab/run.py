@@ -36,7 +36,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,6 +51,8 @@ import pyarrow.parquet as pq
 from lab.display import html_row
 from lab.errors import RunError
 from lab.files import sha256_of, write_atomically
+from lab.limits import Throttled
+from lab.room import require_room
 from lab.scenario import case_name, recorded_dimension
 from lab.tables import COLUMNS, with_marks
 
@@ -289,6 +291,17 @@ class Run:
         qemu = self.record.binaries.get("qemu", {})
         return f"{qemu.get('version', 'unknown')} ({qemu.get('build_id', 'unknown')})"
 
+    @property
+    def throttled(self) -> Throttled | None:
+        """How a CPU quota held it back; None where there was none, or nobody looked."""
+        recorded = self.record.host.get("throttled")
+        return None if recorded is None else msgspec.convert(recorded, Throttled)
+
+    @property
+    def beside(self) -> list[str]:
+        """Who measured beside it, or ran a guest; empty where nobody did, or nobody looked."""
+        return list(self.record.host.get("beside", []))
+
     def has(self, table: str) -> bool:
         """Whether this run recorded `table`."""
         return table in self.record.tables
@@ -356,6 +369,14 @@ class Run:
         cells = {"run": self.name, "outcome": self.record.outcome}
         cells |= {heading(metric): shown(metric, self.summary.get(metric)) for metric in SHORT}
         return html_row(cells)
+
+
+def held_back_text(runs: Sequence[Run], samples: str = "boots") -> list[str]:
+    """What held back runs of a set, as parts of its stamp; empty when nothing is known to have."""
+    throttled = sum(bool(run.throttled and run.throttled.throttled_periods) for run in runs)
+    beside = sum(bool(run.beside) for run in runs)
+    found = {"held back by a CPU quota": throttled, "beside other measurements or guests": beside}
+    return [f"{what} in {n} of {len(runs)} {samples}" for what, n in found.items() if n]
 
 
 def verify_checksums(folder: Path) -> None:
@@ -510,10 +531,16 @@ class RunSet:
         """Write one run, sealed, and add it to the set.
 
         `record.tables` and `record.files` are filled in here.  Raises RunError when the set is
-        complete or the run is already there: recorded runs are never replaced.
+        complete or the run is already there: recorded runs are never replaced.  Raises HostError
+        when the disk has no room for it.
         """
         if self.complete:
             raise RunError(f"{self.path} is complete and sealed", "name another --out")
+        logs = {file: text for file, text in (logs or {}).items() if text}
+        size = sum(int(df.memory_usage().sum()) for df in tables.values())
+        size += sum(map(len, logs.values()))
+        remedy = "free some disk space; the same command then goes on with the set"
+        require_room(self.path, size, "a recorded run", remedy)
         name = f"{record.order:03d}-{record.method}"
         final = self.path / name
         if final.exists():
@@ -530,7 +557,6 @@ class RunSet:
                 table: _write_table(partial / f"{table}.parquet", table, df)
                 for table, df in tables.items()
             }
-            logs = {file: text for file, text in (logs or {}).items() if text}
             for file, text in logs.items():
                 (partial / file).write_bytes(text)
             record = msgspec.structs.replace(record, tables=stored, files=sorted(logs))

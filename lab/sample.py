@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 
 from lab.errors import LabError
-from lab.host import require_disk
 from lab.hugepages import RATE_WINDOW_NS, rebuild_huge_pages, rebuild_summary, require_rebuild
 from lab.instruments.hostmemory import df_host_memory, memory_summary, read_host_memory
 from lab.instruments.knownfaults import KnownFaults
@@ -29,7 +29,10 @@ from lab.instruments.phases import buffer_summary
 from lab.instruments.slowwrites import noted_since
 from lab.instruments.threads import thread_summary
 from lab.instruments.writelatency import stall_summary
+from lab.limits import Limits, ThrottleCount, Throttled
+from lab.neighbours import Neighbours, neighbours
 from lab.ram import mount_of
+from lab.room import require_room
 from lab.run import Marks, Outcome
 from lab.scenario import Scenario
 from lab.tables import BASELINE_NS, NS_PER_MS, NS_PER_S, fault_summary, find_back, slowdown
@@ -79,7 +82,7 @@ class Sample:
 def check_room(image_dir: Path, ram_mib: int) -> None:
     """Raise HostError unless the folder can hold an image of a guest this large, with a margin."""
     remedy = "free some space or name another --image-dir"
-    require_disk(image_dir, ram_mib + ram_mib // 4 + 64, "an image", remedy)
+    require_room(image_dir, ram_mib + ram_mib // 4 + 64 << 20, "an image", remedy)
 
 
 def filesystem_of(path: Path) -> str:
@@ -165,6 +168,30 @@ def sampler_warnings(
     ]
 
 
+def held_back(throttled: Throttled | None, beside: Neighbours) -> dict[str, Any]:
+    """What a run records of what held it back: the limits in force, how often it had no CPU time
+    left (None: it has no quota), and who measured beside it.
+    """
+    return {
+        "limits": msgspec.to_builtins(Limits.collect()),
+        "throttled": msgspec.to_builtins(throttled),
+        "beside": beside.found,
+    }
+
+
+def held_back_warnings(throttled: Throttled | None, beside: Neighbours) -> list[str]:
+    """The same as warnings of the run, one sentence each."""
+    found = []
+    if throttled is not None and throttled.throttled_periods:
+        found.append(
+            f"a CPU quota held it back in {throttled.throttled_periods} of {throttled.periods} "
+            f"periods, for {throttled.throttled_ms:.0f} ms"
+        )
+    if beside.found:
+        found.append(f"it was measured beside {' and '.join(beside.found)}")
+    return found
+
+
 async def take_sample(
     scenario: Scenario,
     image: Path,
@@ -210,7 +237,7 @@ async def take_sample(
         elif warm is not None:
             await warm.hold_again(machine.ram_mib)
         logs = {"qemu.log": vm.process.log_text().encode()}
-    return dataclasses.replace(sample, host=host, logs=logs)
+    return dataclasses.replace(sample, host=host | dict(sample.host), logs=logs)
 
 
 async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> Sample:
@@ -219,6 +246,7 @@ async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> S
     warnings = []
     instruments = scenario.instruments
     async with contextlib.AsyncExitStack() as stack:
+        beside = stack.enter_context(neighbours(vm.pid))
         sampling = vm.sampling(instruments.sample_interval_us)
         sampler = await stack.enter_async_context(sampling)
         threads = None
@@ -234,6 +262,7 @@ async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> S
         latency = await vm.write_latency() if scenario.workload.time_writes else None
         notes = latency is not None and scenario.machine.guest == "micro"
         slow_before = await vm.slow_writes() if notes else None
+        throttle = ThrottleCount(vm.pid)
         with no_garbage_collection():
             await warm.hold(scenario.machine.ram_mib)
             if latency is not None:
@@ -256,6 +285,7 @@ async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> S
             )
             slow = await vm.slow_writes() if notes else None
             await _tail(sampler, snapshot.request_ns, snapshot.end_ns)
+        throttled = throttle.so_far()
         progress = sampler.df()
         after = read_host_memory(vm.pid) if memory is not None else None
         rebuilt = None
@@ -321,7 +351,8 @@ async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> S
             back_ns=cost.back_ns,
         ),
         tables=tables,
-        warnings=tuple(warnings),
+        host=held_back(throttled, beside),
+        warnings=(*warnings, *held_back_warnings(throttled, beside)),
     )
 
 

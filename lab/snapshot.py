@@ -22,8 +22,9 @@ The request is the moment before the first command is sent that affects the gues
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import logging
-import shutil
+import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -45,9 +46,22 @@ from lab.instruments.phases import buffer_summary, counters, df_phases
 from lab.instruments.progress import ProgressSampler
 from lab.instruments.threads import ThreadTimes
 from lab.instruments.writelatency import WriteLatency, stall_summary
+from lab.limits import process_limit
 from lab.qemu.build import QemuBinary
 from lab.qmp import Event
-from lab.scenario import METHODS, Machine, Method, Storage, Workload, check_storage, dimensions
+from lab.ram import QEMU_OVERHEAD_MIB
+from lab.room import room_bytes
+from lab.room import said as room_said
+from lab.scenario import (
+    MAPPED_RAM,
+    METHODS,
+    Machine,
+    Method,
+    Storage,
+    Workload,
+    check_storage,
+    dimensions,
+)
 from lab.scenario import method as method_of
 from lab.sidecar import Sidecar
 from lab.storage import LimitedStorage, limited
@@ -67,6 +81,8 @@ MAX_PRECOPY_RAM_SIZES = 8
 """A precopy whose image has grown to so many times the guest's RAM is given up: the guest writes
 faster than the disk, and QEMU would go on until the disk is full.  At a limited rate that takes so
 many times as long as writing the guest's RAM once: 82 s for 1 GiB at 100 MiB/s."""
+
+_FSIZE_REMEDY = "boot the guest under a higher limit, such as `ulimit -f unlimited`"
 
 IMAGE_DESCRIPTOR = "lab-image"
 """What QEMU calls the socket that it writes an image to, where it is not given a file."""
@@ -345,6 +361,8 @@ class _Attempt:
         self.fault_log_path = (
             vm.process.workdir / "faults.bin" if log_faults and self.patched_engine else None
         )
+        # Where something is written: a disk that is full is nobody's to use any more.
+        self.folders = [partial.parent, *([vm.process.workdir] if self.fault_log_path else [])]
         self.was_running = False
         self.since = 0
         self.request_ns = 0
@@ -361,6 +379,7 @@ class _Attempt:
         _check_state(self.how, vm.binary.variant, state)
         if self.how.mechanism == "background" and not self.patched_engine:
             await require_none(vm, self.how.name)
+        vm.process.find_groups()
         try:
             await self._prepare()
             self.since = len(vm.qmp.events)
@@ -475,25 +494,37 @@ class _Attempt:
         try:
             await asyncio.wait({end, bound}, return_when=asyncio.FIRST_COMPLETED)
             if not end.done():
-                size = bound.result()
-                raise SnapshotError(
-                    f"{self.how.name} does not converge: its image has {size >> 20} MiB, "
-                    f"{MAX_PRECOPY_RAM_SIZES} times the guest's RAM",
-                    "take a live snapshot, or let the guest write less",
-                )
+                raise bound.result()
             return end.result()
         finally:
             end.cancel()
             bound.cancel()
             await asyncio.gather(end, bound, return_exceptions=True)
 
-    async def _await_too_large(self) -> int:
-        """Return the size of the image once it is out of all proportion, which may be never."""
+    async def _await_too_large(self) -> LabError:
+        """Return why the image may not grow any more, once that is so, which may be never."""
         while True:
-            size = self.partial.stat().st_size
-            if size > MAX_PRECOPY_RAM_SIZES * self.vm.machine.ram_mib << 20:
-                return size
+            # In a thread: a disk that does not answer would stop everything else.
+            if problem := await asyncio.to_thread(self._too_large):
+                return problem
             await asyncio.sleep(SIZE_POLL_S)
+
+    def _too_large(self) -> LabError | None:
+        size = self.partial.stat().st_size
+        if size > MAX_PRECOPY_RAM_SIZES * self.vm.machine.ram_mib << 20:
+            return SnapshotError(
+                f"{self.how.name} does not converge: its image has {size >> 20} MiB, "
+                f"{MAX_PRECOPY_RAM_SIZES} times the guest's RAM",
+                "take a live snapshot, or let the guest write less",
+            )
+        for folder in self.folders:
+            if room_bytes(folder) < 0:
+                return SnapshotError(
+                    f"{self.how.name} was given up at {size >> 20} MiB of image, before it took the"
+                    f" last of the disk: {room_said(0)} in {folder}",
+                    "free some disk space or choose another path",
+                )
+        return None
 
     async def _await_end(self) -> Event:
         timeout_s = 60.0 + self.vm.machine.ram_mib * (1 << 20) / MIN_BYTES_PER_S
@@ -522,6 +553,12 @@ class _Attempt:
             return reason
         reply = await self.vm.execute("query-migrate")
         said = reply.get("error-desc")
+        limit = process_limit("FSIZE", self.vm.pid)
+        if said and limit is not None:
+            # Of a page that has its place beyond the limit QEMU does not say what is wrong.
+            beyond = limit < self.vm.machine.ram_mib << 20
+            if os.strerror(errno.EFBIG) in said or (beyond and MAPPED_RAM in self.how.capabilities):
+                return f"{said} (RLIMIT_FSIZE); {_FSIZE_REMEDY}"
         if said:
             return str(said)
         return next(reversed(self.vm.process.messages()), "QEMU gives no reason")
@@ -703,19 +740,34 @@ def _check_disk(vm: VM, how: Method, image: Path) -> None:
     """Refuse a snapshot for which there is clearly no room; a disk that fills up later fails it."""
     guest_bytes = vm.machine.ram_mib << 20
     # Pages that were never written are not in the image, and not resident in QEMU either.
-    resident = min(guest_bytes, _resident_bytes(vm.pid))
+    resident = min(guest_bytes, resident_bytes(vm.pid))
     # Precopy writes a page again whenever the guest has; half more is usual under load.
     expected = resident * 3 // 2 if how.mechanism == "precopy" else resident
-    free = shutil.disk_usage(image.parent).free
-    if free < expected + QEMU_STATE_BYTES:
+    expected += QEMU_STATE_BYTES
+    room = room_bytes(image.parent)
+    if room < expected:
         raise SnapshotError(
-            f"the image needs about {(expected + QEMU_STATE_BYTES) >> 20} MiB and "
-            f"{free >> 20} MiB are free in {image.parent}",
+            f"the image needs about {expected >> 20} MiB and {room_said(room)} in {image.parent}",
             "free some disk space or choose another path",
+        )
+    limit = process_limit("FSIZE", vm.pid)
+    if limit is None:
+        return
+    # The least that it can be: what QEMU has besides guest RAM is not in it, and where each page
+    # has its place, the last one's is beyond all others.
+    least = max(resident - (QEMU_OVERHEAD_MIB << 20), 0)
+    if MAPPED_RAM in how.capabilities:
+        least = guest_bytes
+    if limit < least:
+        raise SnapshotError(
+            f"the image needs {least >> 20} MiB or more and a file of QEMU's may have "
+            f"{limit >> 20} MiB (RLIMIT_FSIZE)",
+            _FSIZE_REMEDY,
         )
 
 
-def _resident_bytes(pid: int) -> int:
+def resident_bytes(pid: int) -> int:
+    """Return how much memory a process has, of whatever kind; 0 when it has ended."""
     total_kib = 0
     # No file, or none of the lines: the process has just ended, and the next command tells why.
     with contextlib.suppress(OSError):

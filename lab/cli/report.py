@@ -25,7 +25,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _report(args: argparse.Namespace) -> int:
-    from lab.report import render_report
+    from lab.report import render_report, write_report
     from lab.run import load_set
 
     run_set = load_set(args.set)
@@ -34,6 +34,6 @@ def _report(args: argparse.Namespace) -> int:
         sys.stdout.write(html)
         return 0
     path = args.output or run_set.path.with_name(run_set.path.name + ".html")
-    path.write_text(html, encoding="utf-8")
+    write_report(path, html)
     print(path)
     return 0

@@ -168,12 +168,12 @@ async def write_up(
     :param beside: write a page as well that shows every figure beside the recorded one.
     """
     from lab.notebooks import NOTEBOOKS, execute, notebook_paths, save_figures, sets_named
-    from lab.report import render_beside, render_report
+    from lab.report import render_beside, render_report, write_report
 
     own = {MAIN_SET: run_set} if own is None else own
     for one in own.values():
         report = one.path / "report.html"
-        report.write_text(render_report(one), encoding="utf-8")
+        write_report(report, render_report(one))
         print(f"report: {report}")
     figures = []
     with ProgressLine() as line:
@@ -195,5 +195,5 @@ async def write_up(
     if beside:
         pairs = [(NOTEBOOKS / "figures" / path.name, path) for path in figures]
         page = run_set.path / "beside.html"
-        page.write_text(render_beside(pairs), encoding="utf-8")
+        write_report(page, render_beside(pairs))
         print(f"beside the recorded figures: {page}")

@@ -20,9 +20,12 @@ from lab.errors import HostError, LabError
 from lab.floor.build import Program
 from lab.floor.plan import WORK_MIB, Block, FloorPlan, round_blocks
 from lab.floor.program import Output, run_block
-from lab.host import HostInfo, require_disk, require_memory, require_uffd
+from lab.host import HostInfo, require_memory, require_uffd
+from lab.limits import ThrottleCount
 from lab.measure import Ground, open_recording
-from lab.sample import filesystem_of
+from lab.neighbours import neighbours
+from lab.room import require_room
+from lab.sample import filesystem_of, held_back, held_back_warnings
 from lab.scenario import to_json
 from lab.tables import COLUMNS
 from lab.workdir import private_folder
@@ -59,7 +62,7 @@ def survey(plan: FloorPlan, program: Program, image_dir: Path) -> Ground:
     require_memory(
         max(plan.mib, WORK_MIB, 2 * plan.write_mib) + _OVERHEAD_MIB, f"{plan.mib} MiB to protect"
     )
-    require_disk(image_dir, plan.write_mib, "a file to write", "choose a smaller --write-mib")
+    require_room(image_dir, plan.write_mib << 20, "a file to write", "choose a smaller --write-mib")
     host = msgspec.to_builtins(HostInfo.collect()) | {"image_filesystem": filesystem_of(image_dir)}
     built = msgspec.to_builtins(program, enc_hook=str)
     return Ground(host=host, binaries={KIND: {k: v for k, v in built.items() if k != "path"}})
@@ -95,8 +98,14 @@ async def measure_floor(
             created = run.utc_now()
             outcome: run.Outcome = "ok"
             reason, table, skipped = None, None, dict[str, str]()
+            host, warnings = run.jsonable(ground.host), list[str]()
             try:
-                table, skipped = await _round(plan, round_, program.path, work, targets, clock)
+                with neighbours() as beside:
+                    throttle = ThrottleCount()
+                    table, skipped = await _round(plan, round_, program.path, work, targets, clock)
+                    throttled = throttle.so_far()
+                host |= held_back(throttled, beside)
+                warnings = held_back_warnings(throttled, beside)
             except HostError:
                 # The next round would fail in the same way.
                 raise
@@ -114,7 +123,7 @@ async def measure_floor(
                 round=round_,
                 warmup=False,
                 scenario=document,
-                host=run.jsonable(ground.host),
+                host=host,
                 binaries=run.jsonable(ground.binaries),
                 clocks={"*_ns": "CLOCK_MONOTONIC of the host, ns"},
                 marks=run.Marks(),
@@ -128,6 +137,7 @@ async def measure_floor(
                 tables={},
                 files=[],
                 note=note,
+                warnings=warnings,
             )
             recorded = run_set.append(record, {} if table is None else {KIND: table})
             if on_run is not None:

@@ -42,7 +42,6 @@ import msgspec
 from lab.cache import locked
 from lab.errors import BuildError, HostError, TransientError
 from lab.files import sha256_of
-from lab.host import require_disk
 from lab.qemu.series import SERIES_DIR, apply_patch, apply_series, read_series, series_sha256
 from lab.qemu.source import (
     Progress,
@@ -52,6 +51,7 @@ from lab.qemu.source import (
     qemu_cache,
     unpack,
 )
+from lab.room import require_room
 from lab.scenario import Sanitizer, Variant
 from lab.tools import require_tools, run_tool
 
@@ -490,7 +490,7 @@ def _require_host() -> None:
         raise HostError(f"the lab builds QEMU on x86_64 hosts; this is {platform.machine()}")
     require_tools(NEEDED_TOOLS)
     remedy = "make room, or set LAB_CACHE to another file system"
-    require_disk(qemu_cache(), NEEDED_SPACE_MIB, "building QEMU", remedy)
+    require_room(qemu_cache(), NEEDED_SPACE_MIB << 20, "building QEMU", remedy)
 
 
 async def ensure_qemu(

@@ -10,6 +10,7 @@ from lab.commandline import Channels, check_host, qemu_command
 from lab.devices import DeviceFiles
 from lab.errors import HostError, UsageError
 from lab.guest.build import Guest
+from lab.limits import Room
 from lab.scenario import Machine, RamKind, Workload
 
 GUEST = Guest(
@@ -42,6 +43,11 @@ def test_a_restore_differs_from_a_boot_only_in_where_it_starts() -> None:
     restored = command_for(machine, incoming=True, paused=True)
     assert [arg for arg in restored if arg not in ("-incoming", "defer", "-S")] == booted
     assert booted[-2:] == ["-device", "virtio-rng-pci"]
+
+
+def only(mib: int) -> Room:
+    """So much memory, and no more."""
+    return Room(available=mib << 20, limit=4096 << 20, owner="the cgroup /a", remedy="raise it")
 
 
 def option(command: list[str], name: str) -> str:
@@ -96,9 +102,10 @@ def test_ram_in_files_is_where_the_environment_says_whatever_its_name(
         check_host(Machine(ram_mib=128, ram_kind="file"))
     monkeypatch.setenv("LAB_RAM_DIR", str(tmp_path))
     check_host(Machine(ram_mib=128, ram_kind="file"))
-    usage = shutil.disk_usage(tmp_path)._replace(free=64 << 20)
+    # The last 2 GiB of a disk of this size are not to be had.
+    usage = shutil._ntuple_diskusage(20 << 30, 18 << 30, (2 << 30) + (64 << 20))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(HostError, match=r"128 MiB in .* 64 MiB are free; .*LAB_RAM_DIR"):
+    with pytest.raises(HostError, match=r"128 MiB in .* 64 MiB are free .*LAB_RAM_DIR"):
         check_host(Machine(ram_mib=128, ram_kind="file"))
 
 
@@ -115,7 +122,7 @@ def test_huge_pages_that_are_not_reserved_are_refused_with_the_remedy(
 
 
 def test_memory_that_is_there_twice_is_asked_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "available_memory_mib", lambda: 1000)
+    monkeypatch.setattr(host, "memory_room", lambda: only(1000))
     check_host(Machine(ram_mib=512, ram_kind="memfd"))
     with pytest.raises(HostError, match="need 1120 MiB"):
         check_host(Machine(ram_mib=512, ram_kind="memfd-private"))
@@ -146,9 +153,11 @@ def test_arguments_that_undo_what_the_lab_relies_on_are_refused(argument: str) -
 def test_more_ram_than_the_host_has_is_refused_with_both_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host, "available_memory_mib", lambda: 700)
+    monkeypatch.setattr(host, "memory_room", lambda: only(700))
     check_host(Machine(ram_mib=512))
-    with pytest.raises(HostError, match=r"1024 MiB of guest RAM need .* and 700 MiB"):
+    with pytest.raises(
+        HostError, match=r"1024 MiB of guest RAM need .* and 700 MiB .* cgroup /a; raise it"
+    ):
         check_host(Machine(ram_mib=1024))
 
 

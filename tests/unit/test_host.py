@@ -106,17 +106,10 @@ def test_too_little_memory_says_how_much(monkeypatch: pytest.MonkeyPatch) -> Non
     available_mib = host.available_memory_mib()
     host.require_memory(1, "guests")
     with pytest.raises(
-        HostError, match=r"guests need \d+ MiB of host memory and \d+ MiB are available; "
+        HostError,
+        match=r"guests need \d+ MiB of memory and \d+ MiB are available of the \d+ MiB of .*; ",
     ):
         host.require_memory(available_mib * 4, "guests")
-
-
-def test_too_little_disk_says_how_much(tmp_path: Path) -> None:
-    host.require_disk(tmp_path, 1, "it", "make room")
-    with pytest.raises(HostError, match=r"it needs \d+ MiB in .* MiB are free; make room"):
-        host.require_disk(tmp_path, 1 << 40, "it", "make room")
-    with pytest.raises(HostError, match="name a folder that exists"):
-        host.require_disk(tmp_path / "missing", 1, "it", "make room")
 
 
 def test_the_packages_to_check_are_those_the_set_up_installs() -> None:

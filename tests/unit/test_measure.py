@@ -347,7 +347,8 @@ def test_too_little_room_for_an_image_is_refused_before_anything_boots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage:
-        free = 100 << 20
+        # The last 5 % are not to be had.
+        total, free = 1000 << 20, 150 << 20
 
     monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage)
     with pytest.raises(HostError, match=r"an image needs \d+ MiB in .* and 100 MiB are free"):

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from lab import run, tables
-from lab.errors import RunError
+from lab.errors import HostError, RunError
 
 GOLDEN = Path(__file__).parent / "data" / "synthetic-run-set-schema-1"
 
@@ -224,3 +224,18 @@ def test_the_record_says_what_the_columns_of_its_tables_are() -> None:
         "doc": tables.COLUMNS["faults"]["read_ns"].doc,
     }
     assert msgspec.convert(document, run.RunRecord).method == "live-rfc"
+
+
+def test_a_run_for_which_the_disk_has_no_room_is_not_begun(
+    make_synthetic_set: Callable[..., run.RunSet],
+    make_record: Callable[..., run.RunRecord],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Field report F11."""
+    made = make_synthetic_set(methods=("background",), repeats=1, finish=False)
+    before = sorted(path.name for path in made.path.iterdir())
+    monkeypatch.setattr("lab.room.room_bytes", lambda folder: 1000)
+    table = pd.DataFrame({"t_ns": range(1000)})
+    with pytest.raises(HostError, match=r"a recorded run needs .* the same command then goes on"):
+        made.append(make_record("background", 1), {"progress": table})
+    assert sorted(path.name for path in made.path.iterdir()) == before

@@ -12,6 +12,7 @@ import lab
 from lab.errors import RestoreError, SnapshotError, UsageError
 from lab.imagefile import MARK_BYTES, read_sidecar
 from lab.oracle import verify_method
+from lab.room import reserve_bytes
 from lab.scenario import METHODS, Variant
 from lab.sidecar import sidecar_path
 from lab.vm import VM
@@ -263,10 +264,11 @@ async def test_a_method_of_the_other_qemu_is_refused(vm: VM, tmp_path: Path) -> 
 async def test_no_room_on_the_disk_is_refused_before_anything_happens(
     vm: VM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    usage = shutil.disk_usage(tmp_path)
+    usage = usage._replace(free=reserve_bytes(usage.total) + (1 << 20))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     events = len(vm.qmp.events)
-    with pytest.raises(SnapshotError, match="1 MiB are free"):
+    with pytest.raises(SnapshotError, match=r" 1 MiB are free"):
         await vm.snapshot(tmp_path / "a.snap", "stop-and-copy")
     assert len(vm.qmp.events) == events
     assert list(tmp_path.iterdir()) == []
