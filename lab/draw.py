@@ -216,10 +216,8 @@ class Offer:
     """What this host can do of what may be drawn."""
 
     ram_kinds: frozenset[str] = frozenset(typing.get_args(RamKind))
-    thp: bool = True
-    """Transparent huge pages for anonymous memory."""
-    shmem_thp: bool = True
-    """And for shared memory."""
+    thp_kinds: frozenset[str] = frozenset({"anon", "memfd", "file"})
+    """In which kinds of RAM transparent huge pages can arise."""
     direct_io: bool = True
     """Where images are written."""
     disk_direct_io: bool = True
@@ -454,8 +452,9 @@ def _reconcile(
     if machine["ram_mib"] == LARGE_RAM_MIB and not _can_be_large(machine, offer):
         machine["ram_mib"] = MAX_RAM_MIB
     huge = machine["ram_kind"] == "hugetlb"
-    thp = offer.thp if machine["ram_kind"] == "anon" else offer.shmem_thp and not huge
-    if machine["thp"] and not thp:
+    # The unpatched QEMU does not align what is shared.
+    kinds = offer.thp_kinds & ({"anon"} if variant == "unpatched" else offer.thp_kinds)
+    if machine["thp"] and machine["ram_kind"] not in kinds:
         machine["thp"] = None
     if machine["guest"] == "micro":
         _reconcile_micro(machine, workload)

@@ -117,10 +117,14 @@ def require_ram(machine: Machine, variant: Variant = "patched") -> None:
     for name in _ADDRESS_LIMITS:
         require_limit(name, machine.ram_mib + QEMU_OVERHEAD_MIB << 20, what)
     if machine.thp:
-        _require_thp(machine.ram_kind, variant)
+        require_thp(machine.ram_kind, variant)
 
 
-def _require_thp(ram_kind: RamKind, variant: Variant) -> None:
+def require_thp(ram_kind: RamKind, variant: Variant = "patched") -> None:
+    """Refuse transparent huge pages in a kind of RAM in which they can not arise.
+
+    :raise HostError: naming why not.
+    """
     kind, _, private = ram_kind.partition("-")
     if private:
         raise HostError(

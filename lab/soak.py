@@ -17,7 +17,7 @@ import contextlib
 import itertools
 import os
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, get_args
@@ -34,11 +34,11 @@ from lab.errors import (
     UsageError,
 )
 from lab.flash import write_flash
-from lab.host import available_memory_mib, huge_pages, thp_settings
+from lab.host import available_memory_mib, huge_pages
 from lab.ksm import KSM, ksm_running
 from lab.oracle import Verification, verify_method
 from lab.pressure import swap_out, swapping_problem
-from lab.ram import require_ram
+from lab.ram import require_ram, require_thp
 from lab.rfb import viewing
 from lab.scenario import HUGE_PAGE_MIB, GuestKind, Machine, RamKind, to_json
 from lab.sidecar import sidecar_path
@@ -66,12 +66,10 @@ async def survey(image_dir: Path, choice: Choice) -> Offer:
     error of the boot, and not passed over.
     """
     asked = choice.ram_kinds != Choice().ram_kinds
-    thp = thp_settings()
     disk_dir = Path(tempfile.gettempdir())
     refused = {
         **{f"RAM of kind {kind}": "" if asked else _ram_problem(kind) for kind in _RAM_KINDS},
-        "transparent huge pages": _switched_off(thp, "enabled"),
-        "transparent huge pages of shared memory": _switched_off(thp, "shmem_enabled"),
+        **{f"transparent huge pages in {kind}": _thp_problem(kind) for kind in _RAM_KINDS},
         "images past the page cache": _direct_io_problem(image_dir),
         "disks past the page cache": _direct_io_problem(disk_dir),
         "RAM above 4 GiB": _large_ram_problem(),
@@ -83,8 +81,9 @@ async def survey(image_dir: Path, choice: Choice) -> Offer:
     lacking = {name: problem for name, problem in refused.items() if problem}
     return Offer(
         ram_kinds=frozenset(kind for kind in _RAM_KINDS if f"RAM of kind {kind}" not in lacking),
-        thp="transparent huge pages" not in lacking,
-        shmem_thp="transparent huge pages of shared memory" not in lacking,
+        thp_kinds=frozenset(
+            kind for kind in _RAM_KINDS if f"transparent huge pages in {kind}" not in lacking
+        ),
         direct_io="images past the page cache" not in lacking,
         disk_direct_io="disks past the page cache" not in lacking,
         large_ram="RAM above 4 GiB" not in lacking,
@@ -113,9 +112,14 @@ def _ram_problem(kind: RamKind) -> str:
     return ""
 
 
-def _switched_off(thp: Mapping[str, str], setting: str) -> str:
-    value = thp.get(setting, "never")
-    return f"{setting} is {value}" if value in ("never", "deny") else ""
+def _thp_problem(kind: RamKind) -> str:
+    if kind == "hugetlb":
+        return "its pages are huge, and not transparent"
+    try:
+        require_thp(kind)
+    except HostError as error:
+        return error.cause
+    return ""
 
 
 def _large_ram_problem() -> str:

@@ -60,8 +60,7 @@ seeds = st.integers(0, 2**63)
 offers = st.builds(
     Offer,
     ram_kinds=st.frozensets(st.sampled_from(KINDS)).map(lambda kinds: kinds | {"anon", "memfd"}),
-    thp=st.booleans(),
-    shmem_thp=st.booleans(),
+    thp_kinds=st.frozensets(st.sampled_from(["anon", "memfd", "file"])),
     direct_io=st.booleans(),
     disk_direct_io=st.booleans(),
     large_ram=st.booleans(),
@@ -108,7 +107,8 @@ def test_what_is_drawn_goes_together_and_is_offered(
     assert machine.ram_kind in offer.ram_kinds
     assert machine.ram_kind in {*choice.ram_kinds, "memfd"}
     if machine.thp:
-        assert offer.thp if machine.ram_kind == "anon" else offer.shmem_thp
+        assert machine.ram_kind in offer.thp_kinds
+        assert machine.ram_kind == "anon" or trial.variant == "patched"
     for shot in trial.shots:
         # Builds a Scenario, which refuses what does not fit.
         scenario = Scenario(machine=machine, workload=workload, method=shot.method)
@@ -270,9 +270,7 @@ def test_what_is_never_drawn_has_a_reason() -> None:
 
 
 def test_what_a_host_lacks_is_replaced_by_what_it_has() -> None:
-    bare = Offer(
-        ram_kinds=frozenset({"anon", "memfd"}), thp=False, shmem_thp=False, direct_io=False
-    )
+    bare = Offer(ram_kinds=frozenset({"anon", "memfd"}), thp_kinds=frozenset(), direct_io=False)
     rich, poor = many(), many(offer=bare)
     assert {trial.machine.ram_kind for trial in poor} == {"anon", "memfd"}
     assert not any(trial.machine.thp for trial in poor)
