@@ -417,6 +417,9 @@ def _draw_guest(draft: _Draft, choice: Choice, offer: Offer) -> tuple[GuestKind,
     if choice.guest != "any":
         return choice.guest, choice.accel
     pairs = [(guest, accel) for guest, accel in GUESTS if choice.accel in ("auto", accel)]
+    if choice.accel == "kvm":
+        # Of a host that has none for it, the boot says why not.
+        pairs = [pair for pair in pairs if pair[0] in offer.kvm_guests] or pairs
     guest, accel = draft.draw("guest", pairs)
     return guest, accel if choice.accel != "auto" or guest in offer.kvm_guests else "tcg"
 

@@ -257,6 +257,8 @@ def test_guests_of_each_kind_are_drawn_in_their_shares() -> None:
         for trial in (draw(seed, choice, here) for seed in range(400))
     )
     assert some["micro", "kvm"] == found["micro", "kvm"]
+    under_kvm = [draw(seed, Choice(guest="any", accel="kvm"), here) for seed in range(20)]
+    assert {(trial.machine.guest, trial.machine.accel) for trial in under_kvm} == {("micro", "kvm")}
     assert some["linux", "tcg"] == found["linux", "tcg"] + found["linux", "kvm"]
 
 
