@@ -17,7 +17,7 @@ from lab.errors import UsageError
 from lab.vm import VM
 from tests.vm.bench import works_on
 
-pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-tcg", "micro-kvm")]
+pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-tcg")]
 
 MACHINE = lab.Machine(guest="micro", ram_mib=64)
 WORKLOAD = lab.Workload("random", wss_mib=16)

@@ -17,7 +17,7 @@ from tests.vm.bench import works_on
 pytestmark = [
     pytest.mark.vm,
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.platforms("micro-tcg", "micro-kvm"),
+    pytest.mark.platforms("micro-tcg"),
 ]
 
 MACHINE = lab.Machine(guest="micro", ram_mib=64)
