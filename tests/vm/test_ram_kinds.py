@@ -1,7 +1,9 @@
 """Whatever backs guest RAM, an image is the guest, and a snapshot takes no more than it has to."""
 
+import os
 import re
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -99,6 +101,64 @@ async def test_huge_pages_to_which_nobody_writes_stay_huge(tmp_path: Path) -> No
     # A page that is written to is released by itself, so the huge page around it is split.
     split = len((offsets // HUGE_PAGE_BYTES).unique()) * HUGE_PAGE_BYTES
     assert after.anon_huge >= before.anon_huge - split
+
+
+SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+
+
+@pytest.fixture
+def advise_shared() -> Iterator[None]:
+    """The host has transparent huge pages in memfds, for who asks for them."""
+    before = thp_settings().get("shmem_enabled")
+    if before is None or not os.access(SHMEM_ENABLED, os.W_OK):
+        pytest.skip("this host's setting for huge pages in shared memory can not be changed")
+    # A shell that outlives whatever ends this process puts it back.
+    script = f"trap '' INT TERM HUP; read -r _; echo {before} > {SHMEM_ENABLED}"
+    restorer = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        SHMEM_ENABLED.write_text("advise")
+        yield
+    finally:
+        restorer.communicate()
+    assert thp_settings()["shmem_enabled"] == before
+
+
+@pytest.mark.parametrize("kind", ["memfd", "file", "memfd-private", "file-private"])
+async def test_memory_of_a_file_begins_where_a_huge_page_can(
+    kind: RamKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Field report F13."""
+    monkeypatch.delenv("LAB_RAM_DIR", raising=False)
+    async with lab.boot(machine(kind), QUIET) as vm:
+        (block,) = [block for block in await vm.ram_blocks() if block.name == "pc.ram"]
+        assert block.host_address % HUGE_PAGE_BYTES == 0
+
+
+@pytest.mark.usefixtures("advise_shared")
+async def test_a_memfd_has_transparent_huge_pages_and_is_the_guest_then_too(tmp_path: Path) -> None:
+    """Field report F13."""
+    workload = lab.Workload("random", wss_mib=24)
+    async with lab.boot(machine("memfd", thp=True), workload) as vm:
+        (block,) = [block for block in await vm.ram_blocks() if block.name == "pc.ram"]
+        if not shared_huge_bytes(vm.pid, block.host_address):
+            pytest.skip("this host has no huge page to give")
+        for method in PATCHED:
+            found = await verify_method(vm, method, tmp_path)
+            assert found.equal, f"{method}: {found.detail}"
+    with pytest.raises(HostError, match=r"unpatched QEMU.*multiple of 2 MiB"):
+        async with lab.boot(machine("memfd", thp=True), workload, binary="unpatched"):
+            pass
+
+
+def shared_huge_bytes(pid: int, address: int) -> int:
+    """How much of the shared mapping at an address is mapped by huge pages."""
+    found = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-", line):
+            found = int(line.split("-")[0], 16) == address
+        elif found and line.startswith("ShmemPmdMapped:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"nothing is mapped at {address:#x}")
 
 
 async def test_a_live_snapshot_allocates_no_memory_that_the_guest_does_not_use(
