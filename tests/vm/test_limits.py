@@ -45,7 +45,7 @@ def run_lab(
 def test_a_guest_that_its_control_group_has_no_memory_for_is_refused() -> None:
     """Field report F9."""
     with limited_group("memory", 700 * MIB) as group:
-        done = run_lab(group, "boot", *GUEST, "--ram-mib=1024", status=2)
+        done = run_lab(group, "boot", *GUEST, "--ram-mib=1024", "--seconds=0.1", status=2)
         (line,) = done.stderr.splitlines()
         needed = 1024 + QEMU_OVERHEAD_MIB
         assert re.search(rf"1024 MiB of guest RAM need {needed} MiB .* 700 MiB of the cgroup", line)
@@ -66,14 +66,14 @@ async def test_an_image_that_its_control_group_has_no_memory_for_is_not_restored
     async with lab.boot(machine, lab.Workload("idle", wss_mib=16)) as vm:
         await vm.snapshot(image, progress=False)
     with limited_group("memory", 700 * MIB) as group:
-        done = run_lab(group, "restore", str(image), status=2)
+        done = run_lab(group, "restore", str(image), "--seconds=0.1", status=2)
         assert group.name in done.stderr
         assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_guest_that_its_control_group_has_no_threads_for_is_refused() -> None:
     with limited_group("pids", 16) as group:
-        done = run_lab(group, "boot", *GUEST, "--ram-mib=64", status=2)
+        done = run_lab(group, "boot", *GUEST, "--ram-mib=64", "--seconds=0.1", status=2)
         assert re.search(rf"QEMU needs \d+ threads.* 16 .*{group.name} \(pids.max\)", done.stderr)
 
 
