@@ -14,7 +14,7 @@ _PCI_ADDRESS, _PCI_DATA = 0xCF8, 0xCFC
 
 
 def door_arguments(folder: Path) -> tuple[str, ...]:
-    """QEMU's arguments that make a door in `folder`, and another one for a debugger."""
+    """Return QEMU's arguments that make a door in `folder`."""
     return ("-qtest", f"unix:{folder / 'door'},server=on,wait=off", "-qtest-log", "none")
 
 
