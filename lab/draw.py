@@ -46,7 +46,7 @@ from lab.scenario import (
 
 _T = TypeVar("_T")
 
-VERSION = 2
+VERSION = 3
 """Of what a seed gives.  It rises whenever some seed gives another trial than before, so that a
 record or a command of an earlier version is not taken for what it can no longer repeat."""
 
@@ -126,9 +126,8 @@ BALLOON_MIB = (0, 8, 32)
 """How much the balloon takes while the rest of RAM is being saved, of a machine that has one."""
 RESET = (False,) * 9 + (True,)
 """Whether the machine is reset, and the guest taken while it boots."""
-RUN_STATES: tuple[RunState, ...] = (*("running",) * 11, "paused")
-"""What state the guest is taken in.  `prelaunch`, which is that of a guest that was stopped and
-reset, is drawn on request."""
+RUN_STATES: tuple[RunState, ...] = (*("running",) * 10, "paused", "prelaunch")
+"""What state the guest is taken in.  `prelaunch` is that of one that was stopped and reset."""
 RESTORED = (False, False, False, True)
 """Whether the guest is first replaced by what the snapshot before restores."""
 CHAIN = (False,) * 7 + (True,)
