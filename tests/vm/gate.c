@@ -14,15 +14,18 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { OPEN, HOLD, FAIL };
-enum { REGISTER, PROTECT, RELEASE, UNREGISTER, CLOSE, GATES };
+enum { OPEN, HOLD, FAIL, SILENT };
+enum { REGISTER, PROTECT, RELEASE, UNREGISTER, CLOSE, READ, GATES };
 
 struct gate {
     _Atomic int state;
@@ -34,6 +37,7 @@ struct gate {
 static struct gate *gates;
 static int (*real_ioctl)(int, unsigned long, ...);
 static int (*real_close)(int);
+static ssize_t (*real_read)(int, void *, size_t);
 
 __attribute__((constructor)) static void attach(void)
 {
@@ -43,6 +47,7 @@ __attribute__((constructor)) static void attach(void)
 
     real_ioctl = dlsym(RTLD_NEXT, "ioctl");
     real_close = dlsym(RTLD_NEXT, "close");
+    real_read = dlsym(RTLD_NEXT, "read");
     if (fd < 0) {
         return;
     }
@@ -98,6 +103,12 @@ int ioctl(int fd, unsigned long request, ...)
     va_end(list);
 
     number = gates ? gate_of(request, argument) : -1;
+    if (number == RELEASE && gates[number].state == SILENT) {
+        /* As if all had been woken before somebody began to wait. */
+        ((struct uffdio_writeprotect *)argument)->mode |= UFFDIO_WRITEPROTECT_MODE_DONTWAKE;
+        atomic_fetch_add(&gates[number].hits, 1);
+        return real_ioctl(fd, request, argument);
+    }
     return number >= 0 && fails(number) ? -1 : real_ioctl(fd, request, argument);
 }
 
@@ -107,7 +118,27 @@ int close(int fd)
     struct stat status;
     bool written = gates && gates[CLOSE].state != OPEN && !fstat(fd, &status) &&
                    S_ISREG(status.st_mode) && (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDONLY;
-    int result = real_close ? real_close(fd) : 0;
+    int result = real_close ? real_close(fd) : (int)syscall(SYS_close, fd);
 
     return written && fails(CLOSE) ? -1 : result;
+}
+
+static bool is_userfaultfd(int fd)
+{
+    static const char name[] = "anon_inode:[userfaultfd]";
+    char path[32], target[sizeof(name)];
+
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+    return readlink(path, target, sizeof(target)) == sizeof(name) - 1 &&
+           !memcmp(target, name, sizeof(name) - 1);
+}
+
+/* Of what the kernel says about faults. */
+ssize_t read(int fd, void *buffer, size_t size)
+{
+    if (gates && gates[READ].state != OPEN && is_userfaultfd(fd) && fails(READ)) {
+        return -1;
+    }
+    /* Others read before this was set up. */
+    return real_read ? real_read(fd, buffer, size) : syscall(SYS_read, fd, buffer, size);
 }

@@ -16,8 +16,8 @@ import pytest
 
 #: In the order of gate.c. Which phase a call belongs to differs between engines: `copy` registers
 #: and protects ahead of the pause, the others in it.
-NAMES = ("register", "protect", "release", "unregister", "close")
-OPEN, HOLD, FAIL = range(3)
+NAMES = ("register", "protect", "release", "unregister", "close", "read")
+OPEN, HOLD, FAIL, SILENT = range(4)
 _GATE = struct.Struct("=4i")
 _SOURCE = Path(__file__).with_name("gate.c")
 
@@ -61,6 +61,15 @@ class Gates:
     def failing(self, name: str, *, error: int = errno.ENOMEM, skip: int = 0) -> Iterator[None]:
         """Fail calls, after the first `skip`, until the context is left."""
         self._set(name, FAIL, error=error, skip=skip)
+        try:
+            yield
+        finally:
+            self.open(name)
+
+    @contextmanager
+    def silent(self, name: str) -> Iterator[None]:
+        """Let releases wake nobody, until the context is left."""
+        self._set(name, SILENT)
         try:
             yield
         finally:

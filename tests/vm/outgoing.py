@@ -60,12 +60,13 @@ class Outgoing:
 
         :param expected_bytes: how long the stream will be, give or take a MiB.
         """
-        await self._read_exactly(expected_bytes - (2 << 20))
+        await self.read_exactly(expected_bytes - (2 << 20))
         self._writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         while "complete" not in phases(await self.while_reading(info(vm))):
-            await self._read_exactly(PIECE_BYTES)
+            await self.read_exactly(PIECE_BYTES)
 
-    async def _read_exactly(self, size: int) -> None:
+    async def read_exactly(self, size: int) -> None:
+        """Read so many bytes."""
         while size > 0:
             size -= len(await self.read(size))
 

@@ -14,9 +14,20 @@ import lab
 from lab.oracle import verify_method
 from lab.stuck import watching
 from lab.vm import VM
-from tests.vm.bench import begin, ended, is_left_alone, small, until
+from tests.vm.bench import (
+    begin,
+    ended,
+    info,
+    is_left_alone,
+    phases,
+    small,
+    until,
+    waiting_writers,
+    works_on,
+)
 from tests.vm.gate import Gates
 from tests.vm.gate import gates as gates_of_guests
+from tests.vm.outgoing import outgoing
 
 pytestmark = [
     pytest.mark.vm,
@@ -66,3 +77,30 @@ async def test_in_an_ordinary_snapshot_nobody_is_stuck_and_the_hold_is_not_count
         assert found.faults
         assert found.stuck == ""
         assert found.watched
+
+
+@pytest.mark.platforms("micro-tcg", "micro-kvm")
+@pytest.mark.parametrize("method", ["live", "live-rfc"])
+async def test_who_comes_too_late_to_be_woken_is_woken_again(
+    gates: Gates, method: str, tmp_path: Path
+) -> None:
+    """The kernel lets a thread wait for a page that was released just before, if it is read-only.
+
+    Its message is read when the page is saved, and whoever waits was woken.  The thread that saves
+    with `live-inline` reads faults itself, and releases such a page once more.  Field report F6.
+    """
+    async with lab.boot(*small(vcpus=3)) as vm:
+        await begin(vm, method, tmp_path / "whole")
+        await ended(vm, "completed")
+        size = (tmp_path / "whole").stat().st_size
+        async with outgoing(vm) as target:
+            with gates.silent("release"), gates.held("read"):
+                await begin(vm, method, target.channels)
+                # The writers' pages are among what is saved, but for a small chance.
+                await target.read_exactly(size - (6 << 20))
+                assert waiting_writers(vm) == 3
+            await target.while_reading(works_on(vm))
+            assert "complete" not in phases(await target.while_reading(info(vm)))
+            await target.drain(tmp_path / "image")
+            await ended(vm, "completed")
+        await is_left_alone(vm)
