@@ -1,8 +1,11 @@
 """An image and its sidecar are published and opened as one, whoever replaces them meanwhile."""
 
+import contextlib
 import dataclasses
 import os
+import resource
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -210,23 +213,25 @@ def test_whoever_finds_a_name_just_published_takes_nothing_of_it(
     assert whole_generation(image) == 2
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond what an image has before its mark."""
-    import resource
-    import signal
+    """No file may grow beyond what an image has before its mark.
 
+    Not a fixture: the tests' own output may go to a file.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (CONTENT_BYTES + 4, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_an_image_whose_mark_has_no_room_is_not_published(tmp_path: Path) -> None:
-    with pytest.raises(SnapshotError, match=r"a\.snap can not be completed: File too large"):
+    reason = r"a\.snap can not be completed: File too large"
+    with full_disk(), pytest.raises(SnapshotError, match=reason):
         publish(tmp_path / "a.snap", 1)
     assert names(tmp_path) == []
 
