@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import lab
-from lab import commandline
 from lab.host import available_memory_mib
 from lab.oracle import verify_method
+from lab.ram import machine_option
 from lab.scenario import Machine
 from lab.vm import VM
 from tests.vm.bench import is_left_alone, small
@@ -71,7 +71,7 @@ async def test_huge_pages_of_a_gib_are_taken(
         machine = Machine(ram_mib=1024, ram_kind="memfd")
         gigantic = backed_by("memory-backend-memfd", "hugetlb=on", "hugetlbsize=1G")
         with monkeypatch.context() as patch:
-            patch.setattr(commandline, "ram_arguments", gigantic)
+            patch.setattr("lab.commandline.ram_arguments", gigantic)
             booted = lab.boot(machine, lab.Workload("random", wss_mib=64))
             vm = await booted.__aenter__()
         try:
@@ -121,10 +121,10 @@ async def test_a_file_that_was_used_before_is_cleared_by_a_restore(
     used.write_bytes(b"\xa5" * (machine.ram_mib * _MIB))
     async with lab.boot(machine, workload) as vm:
         # The options that are there for any backend, for a guest whose RAM had none.
-        option = commandline.machine_option(dataclasses.replace(machine, ram_kind="memfd"))
-        monkeypatch.setattr(commandline, "machine_option", lambda machine: option)
+        option = machine_option(dataclasses.replace(machine, ram_kind="memfd"))
+        monkeypatch.setattr("lab.commandline.machine_option", lambda machine: option)
         monkeypatch.setattr(
-            commandline, "ram_arguments", backed_by("memory-backend-file", f"mem-path={used}")
+            "lab.commandline.ram_arguments", backed_by("memory-backend-file", f"mem-path={used}")
         )
         found = await verify_method(vm, method, tmp_path)
         assert found.equal, found.detail
