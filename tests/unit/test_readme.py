@@ -50,3 +50,10 @@ def test_every_test_that_proves_a_promise_exists() -> None:
 def test_it_explains_every_method() -> None:
     for name in METHODS:
         assert f"| `{name}` |" in README
+
+
+def test_it_does_not_promise_that_twins_differ() -> None:
+    """Two guests of one image have the same random numbers.  Field report F14."""
+    (not_promised,) = re.findall(r"^\*\*Not promised\*\*.*$", README, re.MULTILINE)
+    assert "same random numbers" in not_promised
+    assert "VMGenID" in not_promised
