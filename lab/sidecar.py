@@ -29,7 +29,9 @@ class Sidecar:
     """The description of one image.
 
     `machine_type` is the versioned one.  `ready` is what the guest said at its boot; its nonce is
-    nowhere else but in the image.  It is None when the guest was still booting.  `binary` and
+    nowhere else but in the image.  It is None when the guest was still booting; `boot_before` is
+    then the nonce of the boot before, in hexadecimal, whose traces may still be in memory, and None
+    when there was none.  `binary` and
     `kernel_sha256` say what took it, for the record: another QEMU that knows the machine type may
     restore it.  `checksums` is None where nobody asked for them.  `mark` is what the last bytes of
     the image are, by which the two belong together (`lab.imagefile`); None in those of older
@@ -46,6 +48,7 @@ class Sidecar:
     checksums: Checksums | None
     created_utc: str
     ready: ReadyRecord | None
+    boot_before: str | None = None
     binary: QemuBinary
     kernel_sha256: str
 
@@ -88,6 +91,8 @@ def _parse(content: bytes) -> Sidecar:
             f"the sidecar has format {found!r} and this lab reads {FORMAT!r}",
             "use the version of the lab that wrote it",
         )
+    # It is younger than the format.
+    data.setdefault("boot_before", None)
     expected = {f.name for f in dataclasses.fields(Sidecar)}
     if set(data) != expected:
         raise ValueError(f"keys {', '.join(sorted(set(data) ^ expected))} missing or unknown")
@@ -116,6 +121,7 @@ class _Plain(msgspec.Struct, frozen=True, kw_only=True):
     checksums: Checksums | None
     created_utc: str
     ready: ReadyRecord | None
+    boot_before: str | None
     binary: QemuBinary
     kernel_sha256: str
 

@@ -807,6 +807,7 @@ def _sidecar(
         checksums=sums,
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         ready=ready,
+        boot_before=vm.boot_before if ready is None else None,
         binary=vm.binary,
         kernel_sha256=vm.guest.kernel_sha256,
     )

@@ -228,6 +228,11 @@ class VM:
         """Let the vCPUs run."""
         await self.execute("cont")
 
+    @property
+    def boot_before(self) -> str | None:
+        """The nonce, in hexadecimal, of the boot that ended with the last reset; None if none."""
+        return None if self._nonce_before_boot is None else f"{self._nonce_before_boot:016x}"
+
     async def reset(self) -> None:
         """Press the reset button: the machine starts over, and the guest boots again.
 
@@ -748,6 +753,8 @@ async def _restored(
     vm.machine_type = sidecar.machine_type
     await _load(vm, image, mapped=mapped, channels=channels)
     vm._ready = sidecar.ready
+    if sidecar.boot_before is not None:
+        vm._nonce_before_boot = int(sidecar.boot_before, 16)
     if vm.is_ready:
         await _check_identity(vm, name)
     else:

@@ -117,7 +117,7 @@ async def test_that_nobody_can_tell_whether_an_image_is_damaged_is_said_in_a_war
 async def test_an_image_that_is_cut_short_while_it_is_checked_is_refused(image: Path) -> None:
     with open_image(image) as opened:
         image.write_bytes(b"")
-        with pytest.raises(RestoreError, match="can not be read: it ends at byte 0"):
+        with pytest.raises(RestoreError, match=r"can not be read: it ends at byte \d"):
             await check_image(opened)
 
 
@@ -178,3 +178,10 @@ def test_what_is_no_sidecar_is_refused(image: Path, changes: dict[str, Any]) -> 
 def test_what_is_no_json_object_is_refused(image: Path, content: str) -> None:
     sidecar_path(image).write_text(content)
     assert "is not a sidecar" in refused(image)
+
+
+def test_the_boot_before_is_kept_and_may_be_missing(image: Path) -> None:
+    rewrite(image, ready=None, boot_before="00000000deadbeef")
+    assert read_sidecar(image).boot_before == "00000000deadbeef"
+    rewrite(image, ready=None, boot_before=...)
+    assert read_sidecar(image).boot_before is None

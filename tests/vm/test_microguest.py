@@ -227,3 +227,19 @@ async def test_an_image_goes_from_tcg_to_kvm_and_not_back(
         with pytest.raises(RestoreError, match="was taken under KVM") as caught:
             await restored_under("tcg", image)
         assert 'accel="kvm"' in caught.value.remedy
+
+
+@pytest.mark.parametrize("method", ["live", "stop-and-copy"])
+async def test_one_that_was_stopped_and_reset_boots_anew_from_its_image(
+    method: str, tmp_path: Path
+) -> None:
+    """What is left in its memory of the boot before is not taken for the new one."""
+    async with lab.boot(MACHINE, WORKLOAD) as vm:
+        before = vm.ready.nonce
+        await vm.stop()
+        await vm.reset()
+        await vm.snapshot(tmp_path / "a.snap", method, progress=False)
+    async with lab.restore(tmp_path / "a.snap") as again:
+        await again.wait_ready()
+        assert again.ready.nonce != before
+        assert (await again.progress_page()).nonce == again.ready.nonce
