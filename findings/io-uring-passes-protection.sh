@@ -38,7 +38,8 @@ cat > "$work/finding.c" << 'END'
 
 enum { PAGE = 4096 };
 
-static int uffd, faults;
+static int uffd;
+static volatile int faults;
 
 static void must(int ok, const char *what)
 {

@@ -60,7 +60,8 @@ cat > "$work/merge.c" << 'END'
 enum { PAGE = 4096, PAGES = 64 };
 #define PROTECTED (UINT64_C(1) << 57)
 
-static int uffd, faults;
+static int uffd;
+static volatile int faults;
 
 static void must(int ok, const char *what)
 {

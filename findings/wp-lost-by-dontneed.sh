@@ -40,7 +40,8 @@ cat > "$work/finding.c" << 'END'
 
 enum { PAGE = 4096 };
 
-static int uffd, faults, wrong;
+static int uffd, wrong;
+static volatile int faults;
 
 static void must(int ok, const char *what)
 {
