@@ -35,6 +35,12 @@ class Outgoing:
         address = {"transport": "socket", "type": "fd", "str": NAME}
         return [{"channel-type": "main", "addr": address}]
 
+    def fill(self) -> None:
+        """Fill the kernel's buffer, so that not even the first byte of a stream is taken."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._writer.send(bytes(1 << 16), socket.MSG_DONTWAIT)
+
     async def read(self, size: int = PIECE_BYTES) -> bytes:
         """Read up to so many bytes; nothing when QEMU has closed its end."""
         async with asyncio.timeout(PATIENCE_S):

@@ -24,6 +24,7 @@ from tests.vm.bench import (
     ended,
     info,
     is_left_alone,
+    phases,
     until,
     until_phase,
     until_status,
@@ -222,6 +223,22 @@ async def test_qemu_answers_while_the_disk_does_not(vm: VM, method: str, tmp_pat
         assert await answered(vm) is not None
         await disk.thaw()
         await ended(vm, "completed", "failed")
+    await is_left_alone(vm)
+
+
+@pytest.mark.parametrize("method", ["live-inline", "live-rfc", "live"])
+async def test_qemu_answers_while_not_even_the_first_byte_is_taken(vm: VM, method: str) -> None:
+    """Nothing is protected yet, and nobody waits.  Field report F7."""
+    async with outgoing(vm) as target:
+        target.fill()
+        await begin(vm, method, target.channels)
+        for _ in range(10):
+            reply = await answered(vm)
+            assert reply is not None
+            assert "setup" not in phases(reply) or not phases(reply)["setup"]
+            await works_on(vm)
+        await vm.execute("migrate_cancel")
+        await ended(vm, "cancelled")
     await is_left_alone(vm)
 
 
