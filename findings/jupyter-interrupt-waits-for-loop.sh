@@ -24,7 +24,8 @@ work=$(mktemp -d)
 trap 'rm -r "$work"' EXIT
 trap 'exit 1' HUP INT TERM
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q ipykernel==7.4.0 jupyter_client==8.10.0 tornado==6.6.1 2> "$work/pip" \
+"$work/venv/bin/pip" install -q \
+    ipykernel==7.4.0 jupyter_client==8.10.0 tornado==6.6.1 2> "$work/pip" \
     || { cat "$work/pip" >&2; exit 1; }
 export IPYTHONDIR="$work/ipython" JUPYTER_CONFIG_DIR="$work/config" \
     JUPYTER_DATA_DIR="$work/data" JUPYTER_RUNTIME_DIR="$work/runtime"

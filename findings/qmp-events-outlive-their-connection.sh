@@ -39,11 +39,6 @@ GREETING = {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 13}, 
 GREETING["QMP"]["capabilities"] = []
 
 
-async def until(condition):
-    while not condition():
-        await asyncio.sleep(0.01)
-
-
 class Server:
     """Answers every command, and tells of its end as QEMU does before it closes."""
 
@@ -93,7 +88,6 @@ async def find(path):
         seen("execute when the server is gone", error, "ExecInterruptedError")
         with contextlib.suppress(EOFError):
             await client.disconnect()
-        await until(listener.empty)
         await asyncio.wait([watching], timeout=1)
         state = "has ended" if watching.done() else "still waits"
         seen("loop over the events after disconnect()", state, "still waits")

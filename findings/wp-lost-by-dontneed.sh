@@ -15,7 +15,7 @@
 #              memfd punched hole: 1 faults
 # Why it matters: a balloon or free page reporting gives pages back during a live snapshot.  What
 #   was in them is gone in both cases, but only with a memfd does the snapshot get to know, at
-#   the next write.  With UFFD_FEATURE_EVENT_REMOVE the first loss can be seen when it happens.
+#   the next write.
 #
 # Needs: root (or vm.unprivileged_userfaultfd=1), gcc.
 
