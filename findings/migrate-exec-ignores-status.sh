@@ -31,7 +31,7 @@ apt-get download -q \
 for package in *.deb; do
     dpkg -x "$package" root
 done
-export LD_LIBRARY_PATH="$work/root/usr/lib/x86_64-linux-gnu:$work/root/lib/x86_64-linux-gnu"
+export LD_LIBRARY_PATH="$work/tree/usr/lib/x86_64-linux-gnu:$work/tree/lib/x86_64-linux-gnu"
 
 python3 - root/usr/bin/qemu-system-x86_64 << 'END'
 import json
