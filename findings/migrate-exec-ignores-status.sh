@@ -29,11 +29,11 @@ apt-get download -q \
     libpmem1=1.12.1-2 librdmacm1=44.0-2 libvdeplug2=4.0.1-4 > apt 2>&1 \
     || { cat apt >&2; exit 1; }
 for package in *.deb; do
-    dpkg -x "$package" root
+    dpkg -x "$package" tree
 done
 export LD_LIBRARY_PATH="$work/tree/usr/lib/x86_64-linux-gnu:$work/tree/lib/x86_64-linux-gnu"
 
-python3 - root/usr/bin/qemu-system-x86_64 << 'END'
+python3 - tree/usr/bin/qemu-system-x86_64 << 'END'
 import json
 import socket
 import subprocess
