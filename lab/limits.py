@@ -328,8 +328,14 @@ _ULIMIT: Mapping[LimitName, tuple[str, int]] = {
 
 
 def process_limit(name: LimitName, pid: int = 0) -> int | None:
-    """A limit that the process has set for itself, or was started with; None: there is none."""
-    soft, _ = resource.prlimit(pid, getattr(resource, f"RLIMIT_{name}"))
+    """A limit that the process has set for itself, or was started with; None: there is none, or
+    the process has ended.
+    """
+    try:
+        soft, _ = resource.prlimit(pid, getattr(resource, f"RLIMIT_{name}"))
+    except ProcessLookupError:
+        # Whoever asks it for something next is told how it ended.
+        return None
     return None if soft == resource.RLIM_INFINITY else soft
 
 

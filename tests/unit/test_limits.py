@@ -4,6 +4,7 @@ mounted, and those of the process are refused by name.
 
 import os
 import resource
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -348,3 +349,9 @@ def test_what_is_in_force_here_can_be_read() -> None:
     assert 0 < limits.cpus <= len(os.sched_getaffinity(0))
     assert limits.cpus == usable_cpus()
     assert limits.process["NOFILE"] == process_limit("NOFILE")
+
+
+def test_a_process_that_has_ended_has_no_limit() -> None:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    assert process_limit("FSIZE", child.pid) is None
