@@ -22,6 +22,7 @@ from tests.vm.bench import (
     phases,
     small,
     until,
+    until_status,
     waiting_writers,
     works_on,
 )
@@ -59,8 +60,11 @@ async def test_a_writer_that_nobody_lets_go_is_found_and_named(
         async def found() -> bool:
             return bool(watch.stuck)
 
+        # Ahead of the pause `copy` releases itself what was quick to protect.
+        await begin(vm, method, tmp_path / "image", hold=True)
+        await until_status(vm, "pre-switchover")
         with gates.held("release"):
-            await begin(vm, method, tmp_path / "image")
+            await vm.execute("migrate-continue", {"state": "pre-switchover"})
             await until(found)
         await ended(vm, "completed")
     assert watch.sees
