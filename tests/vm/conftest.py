@@ -79,8 +79,11 @@ def reserve_huge_pages() -> Iterator[Callable[[int], str]]:
     It returns why not, where that needs permission or memory that is not there.
     """
     before = huge_pages()[0]
+    # Others may reserve some meanwhile, which is theirs.
+    ours = False
 
     def reserve(needed_mib: int) -> str:
+        nonlocal ours
         reserved, available = huge_pages()
         missing = -(-needed_mib // HUGE_PAGE_MIB) - available
         if missing <= 0:
@@ -89,12 +92,13 @@ def reserve_huge_pages() -> Iterator[Callable[[int], str]]:
             _NR_HUGEPAGES.write_text(str(reserved + missing))
         except OSError as error:
             return f"huge pages can not be reserved: {error.strerror}"
+        ours = True
         if huge_pages()[1] * HUGE_PAGE_MIB < needed_mib:
             return f"this host has no {needed_mib} MiB of huge pages"
         return ""
 
     yield reserve
-    if huge_pages()[0] != before:
+    if ours and huge_pages()[0] != before:
         _NR_HUGEPAGES.write_text(str(before))
 
 
