@@ -286,6 +286,7 @@ async def test_disk_full_at_any_byte(vm: VM, method: str, tmp_path: Path) -> Non
 async def test_disk_full_leaves_no_file(vm: VM, monkeypatch: pytest.MonkeyPatch) -> None:
     # As if others had filled it up since the lab looked.
     monkeypatch.setattr("lab.snapshot._check_disk", lambda *args: None)
+    monkeypatch.setattr("lab.snapshot.room_bytes", lambda folder: 1 << 40)
     monkeypatch.setattr("lab.room.reserve_bytes", lambda size_bytes: 0)
     async with full_after(4 << 20) as folder:
         with pytest.raises(SnapshotError, match=NO_SPACE):

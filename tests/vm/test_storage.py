@@ -151,6 +151,7 @@ async def test_a_full_disk_is_named_and_leaves_no_file(
 ) -> None:
     # As if others had filled it up since the lab looked.
     monkeypatch.setattr("lab.snapshot._check_disk", lambda *args: None)
+    monkeypatch.setattr("lab.snapshot.room_bytes", lambda folder: 1 << 40)
     async with full_after(8 << 20) as folder:
         with pytest.raises(SnapshotError, match=f"{method} failed: No space left on device"):
             await vm.snapshot(folder / "a.snap", method, progress=False, storage_mib_per_s=RATE)
