@@ -11,7 +11,6 @@ Not looked at: limits of a file system's quota, and how much time other groups l
 
 import os
 import re
-import resource
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,31 +315,36 @@ def usable_cpus() -> float:
 # --- Limits of the process -------------------------------------------------------------------
 
 LimitName = Literal["AS", "DATA", "FSIZE", "MEMLOCK", "NOFILE", "NPROC"]
-# With what `ulimit` sets each of them, and in which unit.
-_ULIMIT: Mapping[LimitName, tuple[str, int]] = {
-    "AS": ("v", 1024),
-    "DATA": ("d", 1024),
-    "FSIZE": ("f", 1024),
-    "MEMLOCK": ("l", 1024),
-    "NOFILE": ("n", 1),
-    "NPROC": ("u", 1),
+# With what `ulimit` sets each of them, in which unit, and what the kernel calls it.
+_ULIMIT: Mapping[LimitName, tuple[str, int, str]] = {
+    "AS": ("v", 1024, "Max address space"),
+    "DATA": ("d", 1024, "Max data size"),
+    "FSIZE": ("f", 1024, "Max file size"),
+    "MEMLOCK": ("l", 1024, "Max locked memory"),
+    "NOFILE": ("n", 1, "Max open files"),
+    "NPROC": ("u", 1, "Max processes"),
 }
 
 
-def process_limit(name: LimitName, pid: int = 0) -> int | None:
-    """A limit that the process has set for itself, or was started with; None: there is none, or
+def process_limit(name: LimitName, pid: int | None = None) -> int | None:
+    """A limit that a process has set for itself, or was started with; None: there is none, or
     the process has ended.
+
+    :param pid: the process, of whatever user; by default this one.
     """
+    said = _ULIMIT[name][2]
     try:
-        soft, _ = resource.prlimit(pid, getattr(resource, f"RLIMIT_{name}"))
-    except ProcessLookupError:
+        # Everybody may read that, while prlimit() is for processes of the same user.
+        text = Path(f"/proc/{pid or 'self'}/limits").read_text()
+    except (FileNotFoundError, ProcessLookupError):
         # Whoever asks it for something next is told how it ended.
         return None
-    return None if soft == resource.RLIM_INFINITY else soft
+    soft = next(line[len(said) :].split()[0] for line in text.splitlines() if line.startswith(said))
+    return None if soft == "unlimited" else int(soft)
 
 
 def _remedy(name: LimitName, needed: int) -> str:
-    option, unit = _ULIMIT[name]
+    option, unit, _ = _ULIMIT[name]
     return f"raise it first, such as by `ulimit -{option} {-(-needed // unit)}`"
 
 

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import pytest
@@ -355,3 +356,9 @@ def test_a_process_that_has_ended_has_no_limit() -> None:
     child = subprocess.Popen(["true"])
     child.wait()
     assert process_limit("FSIZE", child.pid) is None
+
+
+@pytest.mark.parametrize("name", get_args(LimitName))
+def test_every_limit_is_the_one_that_is_set(name: LimitName) -> None:
+    soft, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
+    assert process_limit(name) == (None if soft == resource.RLIM_INFINITY else soft)

@@ -102,7 +102,10 @@ def phases(reply: Mapping[str, Any]) -> dict[str, bool]:
 
 
 async def until_phase(vm: VM, phase: str) -> None:
-    """Wait until a phase has begun."""
+    """Wait until a phase has begun, of the guest's first snapshot or one that `start` began.
+
+    Until QEMU is told to begin another, it lists the phases of the one before.
+    """
 
     async def reached() -> bool:
         return phase in phases(await info(vm))
