@@ -26,6 +26,7 @@ import msgspec
 from lab.errors import BuildError, HostError, RunError, UsageError
 from lab.files import write_atomically
 from lab.host import kvm_problem
+from lab.ksm import KSM, ksm_runs
 from lab.probe import KVM_DEVICE
 from lab.qemu.build import VARIANTS, QemuBinary, ensure_qemu, ensure_test_program
 from lab.qemu.source import Progress, qemu_cache
@@ -253,6 +254,17 @@ def _with(record: Record, results: Mapping[str, TestResult]) -> Record:
     return dataclasses.replace(record, results=ordered)
 
 
+def _require_no_ksm() -> None:
+    # The tests start QEMU as anybody does, and a snapshot that is refused would count as broken.
+    if ksm_runs():
+        raise HostError(
+            "the kernel merges equal pages (KSM), and so the patched QEMU refuses background "
+            "snapshots",
+            f"`echo 2 | sudo tee {KSM / 'run'}`, and give the command again; with --record it goes "
+            "on",
+        )
+
+
 async def run_migration_tests(
     progress: Progress | None = None,
     *,
@@ -266,6 +278,7 @@ async def run_migration_tests(
     :param budget_s: begin no test after so much time.
     :param record_path: a record to go on from and to write after each test.
     :raise UsageError: when no test fits, or the record is of other builds.
+    :raise HostError: while the kernel merges equal pages.
     :raise LabError: when something can not be built.
     """
     report = progress or (lambda message: None)
@@ -287,6 +300,7 @@ async def run_migration_tests(
         ),
     )
     left = [name for name in selected if name not in record.results]
+    _require_no_ksm()
     for done, name in enumerate(left):
         if budget_s is not None and time.monotonic() - began >= budget_s:
             break
@@ -296,6 +310,7 @@ async def run_migration_tests(
             outcomes[variant] = (
                 await bench.outcome(variant, name, tests) if name in has[variant] else "missing"
             )
+            _require_no_ksm()
         result = TestResult(name=name, unpatched=outcomes["unpatched"], patched=outcomes["patched"])
         record = _with(record, {**record.results, name: result})
         if record_path is not None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.errors import RunError, UsageError
+from lab.errors import HostError, RunError, UsageError
 from lab.qemu import qtest
 from lab.qemu.build import QemuBinary
 from lab.qemu.qtest import (
@@ -233,6 +233,19 @@ async def test_a_record_is_gone_on_from(programs: Programs, tmp_path: Path, log:
     programs("/q/a /q/b", "/q/a /q/b", build="2")
     with pytest.raises(UsageError, match="other builds"):
         await run_migration_tests(record_path=path)
+
+
+async def test_while_equal_pages_are_merged_nothing_is_recorded(
+    programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "qtest.json"
+    programs("/q/a /q/b", "/q/a /q/b")
+    # It begins while the second test runs.
+    merging = iter([False, False, False, True])
+    monkeypatch.setattr("lab.qemu.qtest.ksm_runs", lambda: next(merging))
+    with pytest.raises(HostError, match="merges equal pages"):
+        await run_migration_tests(record_path=path)
+    assert list(read_record(path).results) == ["/q/a"]
 
 
 async def test_no_test_is_begun_when_the_time_is_over(programs: Programs, log: Path) -> None:
