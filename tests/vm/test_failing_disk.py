@@ -24,9 +24,12 @@ FITHAW = 0xC0045878
 
 # A test as it is when it is ended: it has frozen a disk, and a process of its own waits for that.
 STALLED = """
-import asyncio, os, subprocess, sys
+import asyncio, os, signal, subprocess, sys
 from pathlib import Path
 from tests.vm.failing_disk import MOUNT, stalling
+
+# A shell has what it runs in the background ignore interrupts, and the tests may run there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 async def main():
     async with stalling(Path(sys.argv[1]), 16) as disk:
@@ -108,7 +111,10 @@ def test_what_is_frozen_is_thawed_whatever_ends_the_test(
                 test.send_signal(number)
             else:
                 os.killpg(test.pid, number)
-            wait_until_gone(holder, writer)
+            try:
+                wait_until_gone(holder, writer)
+            finally:
+                test.kill()
     end = time.monotonic() + BOUND_S
     while mounted_from(image):
         assert time.monotonic() < end, "its file system is still there"
