@@ -2,6 +2,7 @@
 are made up.
 """
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from lab.scenario import Machine, Workload, to_json
 # How long an example takes says something about the machine, and nothing about the code.
 settings.register_profile("lab", deadline=None)
 settings.load_profile("lab")
+
+# What a shell starts in the background ignores interrupts, and so does all that it starts itself.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MS = 1_000_000
 ORIGIN = 5_000_000_000_000

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -101,15 +101,6 @@ def test_the_status_of_a_coroutine_is_the_exit_status(
     assert run_handler(handler) == 7
 
 
-@pytest.fixture
-def heeds_interrupts() -> Iterator[None]:
-    """SIGINT is not ignored, as it is in what a shell started in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("heeds_interrupts")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_lets_the_command_clean_up(
     run_handler: Callable[[Handler], int], number: signal.Signals, status: int

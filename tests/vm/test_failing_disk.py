@@ -24,12 +24,9 @@ FITHAW = 0xC0045878
 
 # A test as it is when it is ended: it has frozen a disk, and a process of its own waits for that.
 STALLED = """
-import asyncio, os, signal, subprocess, sys
+import asyncio, os, subprocess, sys
 from pathlib import Path
 from tests.vm.failing_disk import MOUNT, stalling
-
-# A shell has what it runs in the background ignore interrupts, and the tests may run there.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 async def main():
     async with stalling(Path(sys.argv[1]), 16) as disk:
