@@ -11,12 +11,12 @@ from typing import Any
 
 import pandas as pd
 
+from lab.columns import three_digits
 from lab.floor.summary import df_floor_medians
 from lab.run import Run, RunSet
-from lab.scenario import recorded_dimension
+from lab.scenario import DIMENSIONS, recorded_dimension
 from lab.stats import median, quantile, quantile_interval
-from lab.summary import shown
-from lab.tables import df_phases_by_method
+from lab.tables import by_case, case_columns, df_phases_by_method
 
 STAGES: Mapping[str, str] = {
     "queued": "read by the handler until the snapshot thread takes it up",
@@ -34,12 +34,14 @@ _BUFFER_MIB = 32
 def df_fault_stages(runs: Iterable[Run]) -> pd.DataFrame:
     """How long each fault spent in each stage (`STAGES`).
 
-    Columns: run, method (or case), stage, us.  Left out: faults on pages that were saved or
+    Columns: run, its case, stage, us.  Left out: faults on pages that were saved or
     released by somebody else meanwhile, faults before the pause (there is nothing to save), and
     runs without a fault log.
     """
     parts = []
+    names = dict.fromkeys(["method"])
     for one in runs:
+        names |= dict.fromkeys(one.varied)
         if not one.has("faults"):
             continue
         faults = one.df_faults()
@@ -52,11 +54,11 @@ def df_fault_stages(runs: Iterable[Run]) -> pd.DataFrame:
             "released": faults["released_ns"] - faults["saved_ns"],
         }
         parts += [
-            pd.DataFrame({"run": one.name, "method": one.case, "stage": stage, "us": ns / 1e3})
+            pd.DataFrame({"run": one.name, **one.case_values, "stage": stage, "us": ns / 1e3})
             for stage, ns in stages.items()
             if len(ns)
         ]
-    columns = ["run", "method", "stage", "us"]
+    columns = ["run", *names, "stage", "us"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
@@ -65,33 +67,38 @@ def df_stage_quantiles(stages: pd.DataFrame, q: Sequence[float] = (0.5, 0.99)) -
 
     :param stages: what `df_fault_stages` returned.
 
-    Columns: method, stage, n (boots), faults (in all of them), and a column `p50_us` and so on for
-    each of `q`.  Quantiles of stages do not add up to those of the whole.
+    Columns: the case, stage, n (boots), faults (in all of them), and a column `p50_us` and so on
+    for each of `q`.  Quantiles of stages do not add up to those of the whole.
     """
     rows = []
-    for (method, stage), part in stages.groupby(["method", "stage"], sort=False):
-        boots = [boot["us"].to_numpy(dtype=float) for _, boot in part.groupby("run")]
-        row: dict[str, Any] = {"method": method, "stage": stage, "n": len(boots)}
-        row["faults"] = len(part)
-        row |= {f"p{100 * x:g}_us": median([quantile(us, x) for us in boots]) for x in q}
-        rows.append(row)
+    for case, of_case in by_case(stages):
+        for stage, part in of_case.groupby("stage", sort=False):
+            boots = [boot["us"].to_numpy(dtype=float) for _, boot in part.groupby("run")]
+            row: dict[str, Any] = {**case, "stage": stage, "n": len(boots), "faults": len(part)}
+            row |= {f"p{100 * x:g}_us": median([quantile(us, x) for us in boots]) for x in q}
+            rows.append(row)
     names = [f"p{100 * x:g}_us" for x in q]
-    return pd.DataFrame(rows, columns=["method", "stage", "n", "faults", *names])
+    return pd.DataFrame(rows, columns=[*case_columns(stages), "stage", "n", "faults", *names])
 
 
 def df_phase_medians(runs: Iterable[Run]) -> pd.DataFrame:
     """Median over boots of how long each phase took, in ms.
 
-    Index: phase, in the order in which they begin; one column a method (or case), NA where its
-    engine has no such phase.
+    Index: phase, in the order in which they begin; one column per case, NA where its engine has no
+    such phase.
     """
     phases = df_phases_by_method(runs)
     # Where two engines have different phases, the earlier one in the snapshot comes first.
     order = phases.groupby("phase")["start_ms"].median().sort_values().index
-    table = phases.pivot_table(
-        index="phase", columns="method", values="duration_ms", aggfunc="median", sort=False
-    )
-    return table.reindex(order)
+    names = case_columns(phases)
+    medians = {
+        tuple(case.values()): part.groupby("phase")["duration_ms"].median()
+        for case, part in by_case(phases)
+    }
+    columns = pd.MultiIndex.from_frame(pd.DataFrame(list(medians), columns=names))
+    table = pd.DataFrame(dict(enumerate(medians.values())), index=order)
+    table.columns = columns if len(names) > 1 else columns.get_level_values(0)
+    return table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +135,7 @@ def _steps_of(one: Run) -> _Steps | None:
 def df_against_floor(run_set: RunSet, floor: RunSet) -> pd.DataFrame:
     """What the kernel alone asks for an engine's steps, beside what the engine took for them.
 
-    One row a method and step.  Columns: method, step, floor_low_ms and floor_high_ms (the floor
+    One row per case and step.  Columns: the case, step, floor_low_ms and floor_high_ms (the floor
     while nothing else runs, and while a thread of the same process does: the truth of a guest that
     writes and waits in turn lies between), measured_ms (median over boots), measured_low_ms,
     measured_high_ms (its interval), n (boots).  `measured` is NA where the engine does not time the
@@ -147,9 +154,9 @@ def df_against_floor(run_set: RunSet, floor: RunSet) -> pd.DataFrame:
         runs = [one for one in run_set.measured(case) if one.has("phases")]
         steps = _steps_of(runs[0]) if runs else None
         if steps is not None:
-            rows += [{"method": case, **row} for row in _rows(runs, steps, prices)]
+            rows += [{**runs[0].case_values, **row} for row in _rows(runs, steps, prices)]
     names = ("floor_low_ms", "floor_high_ms", "measured_ms", "measured_low_ms", "measured_high_ms")
-    return pd.DataFrame(rows, columns=["method", "step", *names, "n"])
+    return pd.DataFrame(rows, columns=[*run_set.case_columns, "step", *names, "n"])
 
 
 def df_floor_steps(floor: RunSet) -> pd.DataFrame:
@@ -261,16 +268,16 @@ def df_against_floor_readable(table: pd.DataFrame) -> pd.DataFrame:
     ]
     names = ("measured_ms", "measured_low_ms", "measured_high_ms")
     measured = [
-        shown("", middle) + ("" if math.isnan(middle) else f" [{_range(low, high)}]")
+        three_digits(middle) + ("" if math.isnan(middle) else f" [{_range(low, high)}]")
         for middle, low, high in zip(*(table[name] for name in names), strict=True)
     ]
     ratio = [
-        shown("", middle / high)
+        three_digits(middle / high)
         for middle, high in zip(table["measured_ms"], table["floor_high_ms"], strict=True)
     ]
     return pd.DataFrame(
         {
-            "method": table["method"],
+            **{name: table[name].map(DIMENSIONS[name].shown) for name in case_columns(table)},
             "step": table["step"],
             "floor ms": floor,
             "measured ms": measured,
@@ -280,4 +287,4 @@ def df_against_floor_readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _range(low: float, high: float) -> str:
-    return shown("", low) if low == high else f"{shown('', low)} - {shown('', high)}"
+    return three_digits(low) if low == high else f"{three_digits(low)} - {three_digits(high)}"

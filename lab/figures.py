@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib import pyplot as plt
@@ -10,11 +11,12 @@ from matplotlib.axes import Axes
 
 from lab import plots, tables
 from lab.anatomy import df_fault_stages
+from lab.columns import METRICS
 from lab.errors import RunError, UsageError
 from lab.floor.summary import df_floor_medians
 from lab.overhead import df_overhead, df_sample_gaps
 from lab.run import Run, RunSet, held_back_text
-from lab.summary import heading, in_shown_units
+from lab.summary import in_shown_units
 
 SLOWDOWN_BIN_MS = 10.0
 """Width of the bins in which the guest's speed around a snapshot is drawn by default."""
@@ -37,25 +39,25 @@ def plot_slowdown(
     *progress: pd.DataFrame,
     labels: Sequence[str] | None = None,
     bin_ms: float = 5,
-    colour_boots: bool = False,
+    thick: Collection[str] = (),
     ax: Axes | None = None,
 ) -> Axes:
-    """Guest speed around snapshots, as a share of the rate before each; a line a table.
+    """Guest speed around snapshots, as a share of the rate before each; a line per table.
 
     :param progress: what `df_progress()` of a `Snapshot` or of a recorded `Run` returns; which
         snapshot a table is of, and when, is in its `attrs`.
     :param bin_ms: width of the bins; under 2 ms they show the sampler, not the guest.
-    :param labels: what each table is called in the legend; its method by default.
-    :param colour_boots: give each table a colour of its own, where all are of one method.
+    :param labels: what each table is called in the legend; its case by default.
+    :param thick: labels of lines to draw thicker than the others.
     :raise UsageError: a table does not say what it is of, or has too little before the request to
         know the rate by.
     """
     rates: dict[str, pd.DataFrame] = {}
     pauses: dict[str, tuple[float, float]] = {}
-    methods: dict[str, str] = {}
+    cases: dict[str, Mapping[str, Any]] = {}
     for table in progress:
-        method, request = table.attrs.get("method"), table.attrs.get("request_ns")
-        if method is None or request is None:
+        case, request = table.attrs.get("case"), table.attrs.get("request_ns")
+        if case is None or request is None:
             raise UsageError(
                 "this progress table does not say which snapshot it is of",
                 "pass what df_progress() of a Snapshot or a Run returned",
@@ -63,12 +65,14 @@ def plot_slowdown(
         baseline = tables.slowdown(table, request_ns=request, end_ns=request).baseline_ops_per_s
         if baseline is None:
             raise UsageError(
-                f"the progress before the {method} snapshot is too short to know the rate by",
+                f"the progress before the {tables.case_label(case)} snapshot is too short to know "
+                "the rate by",
                 "sample for a second before it (before_s=1)",
             )
-        same = list(methods.values()).count(method)
-        label = labels[len(methods)] if labels else f"{method} ({same + 1})" if same else method
-        methods[label] = method
+        same = list(cases.values()).count(case)
+        name = tables.case_label(case) + (f" ({same + 1})" if same else "")
+        label = labels[len(cases)] if labels else name
+        cases[label] = case
         rates[label] = tables.df_rate(
             table, request_ns=request, baseline_ops_per_s=baseline, bin_ms=bin_ms
         )
@@ -76,9 +80,8 @@ def plot_slowdown(
         if stop is not None and resume is not None:
             start_ms, end_ms = ((at - request) / tables.NS_PER_MS for at in (stop, resume))
             pauses[label] = (start_ms, end_ms)
-    cycle = plots.COLOURS
-    own = {label: cycle[k % len(cycle)] for k, label in enumerate(rates)} if colour_boots else None
-    return plots.plot_rates(rates, pauses_ms=pauses, methods=methods, colours=own, ax=ax)
+    styles = dict(zip(cases, plots.case_styles(list(cases.values())), strict=True))
+    return plots.plot_rates(rates, pauses_ms=pauses, styles=styles, thick=thick, ax=ax)
 
 
 def _has_rate(run: Run) -> bool:
@@ -92,23 +95,26 @@ def slowdown_figure(
     bin_ms: float = SLOWDOWN_BIN_MS,
     ax: Axes | None = None,
 ) -> Axes:
-    """Guest speed around the snapshot, the typical run of each method."""
+    """Guest speed around the snapshot, the typical run of each case."""
     runs = [typical_run(run_set, case) for case in methods or run_set.cases]
     runs = [run for run in runs if _has_rate(run)]
     boots = [run.df_progress() for run in runs]
-    ax = plot_slowdown(*boots, labels=[run.case for run in runs], bin_ms=bin_ms, ax=ax)
+    ax = plot_slowdown(*boots, bin_ms=bin_ms, ax=ax)
     longest = max((float(run.summary.get("duration_ms") or 0) for run in runs), default=0.0)
     ax.set_xlim(-0.1 * longest - 20, 1.25 * longest + 100)
-    return plots.stamp(ax, plots.stamp_text(run_set, [run.case for run in runs]))
+    return plots.stamp(ax, plots.stamp_text(run_set, drawn=runs))
 
 
 def slowdown_boots_figure(
     run_set: RunSet, case: str, *, bin_ms: float = 2, ax: Axes | None = None
 ) -> Axes:
-    """Guest speed around the snapshot in every boot of a method or case, close up."""
+    """Guest speed around the snapshot in every boot of a method or case, close up; the boot of
+    median duration is thick.
+    """
     runs = [run for run in run_set.measured(case) if _has_rate(run)]
     boots = [run.df_progress() for run in runs]
-    ax = plot_slowdown(*boots, bin_ms=bin_ms, colour_boots=True, ax=ax)
+    thick = [typical_run(run_set, case).name]
+    ax = plot_slowdown(*boots, labels=[run.name for run in runs], bin_ms=bin_ms, thick=thick, ax=ax)
     longest = max((float(run.summary.get("duration_ms") or 0) for run in runs), default=0.0)
     ax.set_xlim(-0.05 * longest - 10, 1.1 * longest + 40)
     ax.set_title(f"{case}: every boot (bars: VM paused)", pad=8 + 6 * len(runs))
@@ -116,20 +122,20 @@ def slowdown_boots_figure(
 
 
 def lost_work_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
-    """Lost work against duration, a point a boot, and where they are equal."""
+    """Lost work against duration, a point per boot, and where they are equal."""
     ax = plots.plot_lost_work(tables.df_runs(run_set), ax=ax)
     return plots.stamp(ax, plots.stamp_text(run_set))
 
 
 def cost_figure(run_set: RunSet) -> list[Axes]:
-    """Pause, duration, lost work and image size by method, a point a boot."""
+    """Pause, duration, lost work and image size by case, a point per boot."""
     axes = plots.plot_cost(tables.df_runs(run_set))
     plots.stamp(axes[0], plots.stamp_text(run_set))
     return axes
 
 
 def faults_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
-    """Distribution of fault latency, a line a boot, for the methods that log faults."""
+    """Distribution of fault latency, a line per boot, for the methods that log faults."""
     runs = [run for run in run_set.measured() if run.has("faults")]
     ax = plots.plot_fault_latency(tables.df_faults_by_method(runs), ax=ax)
     methods = list(dict.fromkeys(run.case for run in runs))
@@ -137,7 +143,7 @@ def faults_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
 
 
 def phases_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
-    """What the pause consists of, a bar a boot, for the methods whose engine says."""
+    """What the pause consists of, a bar per boot, for the methods whose engine says."""
     runs = [run for run in run_set.measured() if run.has("phases")]
     ax = plots.plot_phases(tables.df_phases_by_method(runs), ax=ax)
     methods = list(dict.fromkeys(run.case for run in runs))
@@ -145,7 +151,7 @@ def phases_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
 
 
 def phase_times_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
-    """How long every phase took, a point a boot, for the methods whose engine says."""
+    """How long every phase took, a point per boot, for the methods whose engine says."""
     runs = [run for run in run_set.measured() if run.has("phases")]
     ax = plots.plot_phase_times(tables.df_phases_by_method(runs), ax=ax)
     return plots.stamp(ax, plots.stamp_text(run_set, [run.case for run in runs]))
@@ -159,24 +165,18 @@ def stages_figure(run_set: RunSet) -> list[Axes]:
     return axes
 
 
-def varied_figure(
-    run_set: RunSet, x: str, metrics: Sequence[str], *, by: str | Sequence[str] = "method"
-) -> list[Axes]:
-    """What the parameter `x`, which the set varied, changes; a line for each value of `by`, or for
-    each combination of values of several.
+def varied_figure(run_set: RunSet, x: str, metrics: Sequence[str]) -> list[Axes]:
+    """What the parameter `x`, which the set varied, changes, for each method and each combination
+    of what else was varied.
 
     :raise RunError: when the set did not vary `x`.
     """
     if x not in run_set.varied:
         varied = ", ".join(run_set.varied) or "nothing"
         raise RunError(f"{run_set.name} did not vary {x} (it varied: {varied})", "name another")
-    titles = {metric: heading(metric) for metric in metrics}
+    titles = {metric: METRICS[metric].title for metric in metrics}
     runs = in_shown_units(tables.df_runs(run_set), metrics)
-    if not isinstance(by, str):
-        joined = ", ".join(by)
-        runs = runs.assign(**{joined: runs[list(by)].astype(str).agg(", ".join, axis=1)})
-        by = joined
-    axes = plots.plot_varied(runs, x, titles, by=by)
+    axes = plots.plot_varied(runs, x, titles)
     plots.stamp(axes[0], plots.stamp_text(run_set))
     return axes
 
@@ -184,8 +184,8 @@ def varied_figure(
 def against_figure(
     run_set: RunSet, x: str, metrics: Sequence[str], *, x_title: str | None = None
 ) -> list[Axes]:
-    """What depends on the number `x`, a column of `lab.tables.df_runs`; a line a method."""
-    titles = {metric: heading(metric) for metric in metrics}
+    """What depends on the number `x`, a column of `lab.tables.df_runs`; a line per method."""
+    titles = {metric: METRICS[metric].title for metric in metrics}
     runs = in_shown_units(tables.df_runs(run_set), [m for m in metrics if m != x])
     axes = plots.plot_against(runs, x, titles, x_title=x_title)
     plots.stamp(axes[0], plots.stamp_text(run_set))
@@ -232,7 +232,7 @@ def _has_waits(run: Run) -> bool:
 def depth_figure(run_set: RunSet, *, ax: Axes | None = None) -> Axes:
     """Fault latency against what waited for the snapshot thread, for the methods that log faults.
 
-    One method's boots are drawn as one.
+    One case's boots are drawn as one.
     """
     runs = [run for run in run_set.measured() if run.has("faults")]
     ax = plots.plot_faults_by_depth(tables.df_faults_by_method(runs), ax=ax)

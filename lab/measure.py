@@ -25,6 +25,7 @@ import msgspec
 
 import lab
 from lab import run
+from lab.columns import METRICS, SUMMARY_FIELDS
 from lab.errors import HostError, LabError, RunError, UsageError
 from lab.sample import Sample, take_sample
 from lab.scenario import (
@@ -36,12 +37,11 @@ from lab.scenario import (
     Variant,
     Workload,
     case_name,
+    dimensions,
     from_json,
-    method,
     replace_dimensions,
     to_json,
 )
-from lab.tables import DEVICES, METRICS, SUMMARY_FIELDS
 from lab.warmth import WarmMemory
 
 log = logging.getLogger(__name__)
@@ -442,20 +442,8 @@ def summarise(scenario: Scenario, sample: Sample) -> dict[str, Any]:
     A failed run has null for every figure, also where something was measured before it failed.
     """
     values: dict[str, Any] = dict.fromkeys(SUMMARY_FIELDS)
-    values |= {
-        "method": scenario.method,
-        "engine": method(scenario.method).engine,
-        "accel": scenario.machine.accel,
-        "guest": scenario.machine.guest,
-        "outcome": sample.outcome,
-        "ram_mib": scenario.machine.ram_mib,
-        "wss_mib": scenario.workload.wss_mib,
-        "vcpus": scenario.machine.vcpus,
-        "workload": scenario.workload.kind,
-        "rate_ops_per_s": scenario.workload.rate_ops_per_s,
-        **{name: getattr(scenario.machine, name) for name in DEVICES},
-        "storage_mib_per_s": scenario.storage.storage_mib_per_s,
-    }
+    asked = dimensions(scenario) | {"outcome": sample.outcome}
+    values |= {name: value for name, value in asked.items() if name in SUMMARY_FIELDS}
     if scenario.machine.disk == "none":
         values |= dict.fromkeys(("disk_cache", "disk_aio", "disk_iothread"))
     if scenario.workload.kind == "idle":

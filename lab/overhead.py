@@ -14,11 +14,11 @@ from typing import Any
 
 import pandas as pd
 
+from lab.columns import METRICS
 from lab.errors import RunError
 from lab.run import Run, RunSet, load_set
 from lab.scenario import recorded_dimension
 from lab.stats import compare, median
-from lab.summary import heading, shown
 from lab.tables import BASELINE_NS, NS_PER_MS, df_runs
 
 
@@ -151,10 +151,10 @@ def df_overhead_readable(overhead: pd.DataFrame) -> pd.DataFrame:
             {
                 "instrument": row["instrument"],
                 "method": row["method"],
-                "of": heading(metric),
+                "of": METRICS[metric].title,
                 "n": f"{row['n_without']} / {row['n_with']}",
-                "without": shown(metric, row["without"]),
-                "with": shown(metric, row["with"]),
+                "without": METRICS[metric].shown(row["without"]),
+                "with": METRICS[metric].shown(row["with"]),
                 "with / without": (
                     f"{row['ratio']:.3f} [{row['low']:.3f} - {row['high']:.3f}]" if known else "-"
                 ),
@@ -171,7 +171,7 @@ def df_overhead_readable(overhead: pd.DataFrame) -> pd.DataFrame:
 def sampling_cost(run_set: RunSet) -> pd.DataFrame:
     """What reading the guest's progress took in the runs of a set themselves.
 
-    Columns: `method` (or case), `n` (boots), `read_us` (median of one read, median over boots),
+    Columns: the case, `n` (boots), `read_us` (median of one read, median over boots),
     `share` (of one CPU, in %).  The sampling thread's own work beside the read is not in it.
     """
     rows = []
@@ -188,9 +188,14 @@ def sampling_cost(run_set: RunSet) -> pd.DataFrame:
             shares.append(100 * progress["read_ns"].sum() / span_ns)
         if reads:
             rows.append(
-                {"method": case, "n": len(reads), "read_us": median(reads), "share": median(shares)}
+                {
+                    **run_set.measured(case)[0].case_values,
+                    "n": len(reads),
+                    "read_us": median(reads),
+                    "share": median(shares),
+                }
             )
-    return pd.DataFrame(rows, columns=["method", "n", "read_us", "share"])
+    return pd.DataFrame(rows, columns=[*run_set.case_columns, "n", "read_us", "share"])
 
 
 def df_sample_gaps(run_set: RunSet) -> pd.DataFrame:

@@ -2,15 +2,17 @@
 of their own.
 
 Colours are Okabe and Ito's, which stay apart for colour-blind readers and in grey; a method keeps
-its colour and marker in every figure.  `stamp` writes under a figure what a reader must know to
-judge it.
+its colour and marker in every figure.  Cases of one method, of a set that varied more, are told
+apart by dashes and strength, which follow the order of what was varied (`case_styles`).  `stamp`
+writes under a figure what a reader must know to judge it.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +24,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lab.run import held_back_text
-from lab.scenario import METHODS, UNLIMITED_BY_ZERO, recorded_dimension
+from lab.scenario import DIMENSIONS, METHODS, recorded_dimension
 from lab.stats import quantile
+from lab.tables import by_case, case_columns, case_label, python_value
 
 if TYPE_CHECKING:
-    from lab.run import RunSet
+    from lab.run import Run, RunSet
 
 STYLE = Path(__file__).with_name("lab.mplstyle")
 
@@ -88,24 +91,91 @@ def colour(method: str) -> str:
     return COLOURS[_COLOUR_OF.get(method, _slot(method)) % len(COLOURS)]
 
 
-def case_colours(names: Iterable[str]) -> Mapping[str, str]:
-    """A colour for each of the names that one figure shows: a method's own, and where there are
-    cases of what a set varied, of which two may be of one method, one colour after the other.
-    """
-    shown = list(dict.fromkeys(names))
-    if any(", " in name for name in shown):
-        return {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(shown)}
-    return {name: colour(name) for name in shown}
-
-
-def line_style(method: str) -> str:
-    """How a method's line is drawn: solid, or broken where another has the same colour."""
-    return "--" if method in _BROKEN else "-"
-
-
 def marker(method: str) -> str:
     """The marker of a method, the same in every figure."""
     return MARKERS[_slot(method) % len(MARKERS)]
+
+
+Dashes = tuple[float, tuple[float, ...]]
+"""A line style of matplotlib: where its pattern begins, and lengths of ink and of gaps."""
+
+_WEAKEST = 0.35
+
+
+def dashes(method: str, step: int = 0) -> Dashes:
+    """How a line of a method is drawn: solid at first, with longer gaps from step to step.  Where
+    another method has the same colour, a dot is in each of the gaps, so that the two differ.
+    """
+    gap = 1.2 * (step + (method in _BROKEN))
+    ink = 6.0 / (1 + 0.5 * step)
+    if method in _BROKEN:
+        return (0.0, (ink, gap, 1.0, gap))
+    return (0.0, (ink, gap) if step else ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseStyle:
+    """How a case looks in a figure: colour and marker are its method's."""
+
+    label: str
+    colour: str
+    marker: str
+    dashes: Dashes
+    strength: float = 1.0
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Keywords of matplotlib for a line."""
+        return {"color": self.colour, "linestyle": self.dashes, "alpha": 0.85 * self.strength}
+
+    @property
+    def points(self) -> dict[str, Any]:
+        """Keywords of matplotlib for points that no line joins."""
+        plain = {"linestyle": "none", "marker": self.marker}
+        return {"color": self.colour, "alpha": 0.75 * self.strength} | plain
+
+
+def case_styles(cases: Sequence[Mapping[str, Any]], *, with_dashes: bool = True) -> list[CaseStyle]:
+    """A style for each of the cases that one figure shows; no two are the same.
+
+    Of what varies among the cases of a method, the parameter of most values gives the dashes, and
+    the others together the strength, each in the order of its values.
+
+    :param with_dashes: use strength alone, where dashes mean something else.
+    """
+    names = dict.fromkeys(name for case in cases for name in case if name != "method")
+    values = {name: _in_order(name, [case.get(name) for case in cases]) for name in names}
+    ranked = sorted(names, key=lambda name: -len(values[name])) if with_dashes else []
+    dashed, rest = ranked[:1], [name for name in names if name not in ranked[:1]]
+    strong = sorted({tuple(values[name].index(case.get(name)) for name in rest) for case in cases})
+    styles = []
+    for case in cases:
+        method = str(case.get("method", "faults"))
+        step = sum(values[name].index(case.get(name)) for name in dashed)
+        place = strong.index(tuple(values[name].index(case.get(name)) for name in rest))
+        styles.append(
+            CaseStyle(
+                label=case_label(case),
+                colour=colour(method),
+                marker=marker(method),
+                dashes=dashes(method, step),
+                strength=1.0 - (1.0 - _WEAKEST) * place / max(1, len(strong) - 1),
+            )
+        )
+    return styles
+
+
+def _in_order(name: str, values: Sequence[Any]) -> list[Any]:
+    return sorted(dict.fromkeys(values), key=DIMENSIONS[name].place)
+
+
+def _styled_cases(
+    frame: pd.DataFrame, *, with_dashes: bool = True
+) -> list[tuple[CaseStyle, pd.DataFrame]]:
+    """The cases in a table, each with its style and its rows."""
+    cases = by_case(frame)
+    styles = case_styles([case for case, _ in cases], with_dashes=with_dashes)
+    return [(style, part) for style, (_, part) in zip(styles, cases, strict=True)]
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -142,36 +212,52 @@ def _plain(value: float, _position: int) -> str:
     return f"{value:g}"
 
 
-def _in_order(methods: Iterable[str]) -> list[str]:
-    return sorted(set(methods), key=lambda m: (_slot(m), m))
+def stamp_text(
+    run_set: RunSet,
+    cases: Sequence[str] | None = None,
+    *,
+    drawn: Sequence[Run] | None = None,
+) -> str:
+    """What a reader must know: boots, accelerator, machine, host, builds, date.
 
-
-def stamp_text(run_set: RunSet, cases: Sequence[str] | None = None) -> str:
-    """What a reader must know: boots, accelerator, machine, host, builds, date; of these cases
-    only, where they are named.
+    :param cases: of these only; by default of all.
+    :param drawn: the runs that the figure shows, where it does not show every boot of its cases.
     """
+    if drawn is not None:
+        cases = [run.case for run in drawn]
     runs = [r for r in run_set.measured() if cases is None or r.case in cases]
     if not runs:
         return f"{run_set.name}: no run that counts"
-    counts = sorted(set(Counter(r.case for r in runs).values()))
-    boots = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+    def boots_of(some: Sequence[Run]) -> str:
+        counts = sorted(set(Counter(r.case for r in some).values()))
+        return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+    shown, boots = boots_of(runs if drawn is None else drawn), boots_of(runs)
+    if shown != boots:
+        boots = f"{shown} of {boots}"
 
     def all_of(field: str) -> str:
         return "/".join(sorted({str(r.summary.get(field)) for r in runs}))
 
     def limit(field: str, unit: str) -> list[str]:
-        found = sorted({recorded_dimension(r.record.scenario, field) for r in runs})
-        texts = "/".join(str(value) if value else "unlimited" for value in found)
-        return [f"{texts} {unit}"] if any(found) else []
+        found = {recorded_dimension(r.record.scenario, field) for r in runs}
+        texts = map(DIMENSIONS[field].shown, _in_order(field, list(found)))
+        return [f"{'/'.join(texts)} {unit}"] if any(found) else []
+
+    def workload(run: Run) -> str:
+        # An idle guest has no working set.
+        mib = run.summary.get("wss_mib")
+        return f"{run.summary.get('workload')}" + ("" if mib is None else f" {mib} MiB")
 
     guests = {recorded_dimension(r.record.scenario, "guest") for r in runs}
     micro = " microguest" if guests == {"micro"} else ""
     builds = sorted({r.build for r in runs})
     host = run_set.record.host
     parts = [
-        f"n={boots} boots a {'case' if run_set.varied else 'method'}",
+        f"n={boots} boots per {'case' if run_set.varied else 'method'}",
         f"{all_of('accel')}{micro}, {all_of('vcpus')} vCPU, {all_of('ram_mib')} MiB RAM",
-        f"{all_of('workload')} {all_of('wss_mib')} MiB",
+        ", ".join(sorted({workload(run) for run in runs})),
         *limit("rate_ops_per_s", "operations/s"),
         *(f"image at {text}" for text in limit("storage_mib_per_s", "MiB/s")),
         str(host.get("cpu_model") or host.get("cpu") or "unknown CPU"),
@@ -202,7 +288,7 @@ def _wrap(text: str, width: int = 120) -> str:
     return "\n".join([*lines, line])
 
 
-def plot_fault_latency(faults: pd.DataFrame, *, by: str = "method", ax: Axes | None = None) -> Axes:
+def plot_fault_latency(faults: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Distribution of fault latency: share of faults resolved within x, x logarithmic.
 
     :param faults: `lab.tables.df_faults_by_method`, or one run's `df_faults()`.  One line per run,
@@ -210,25 +296,15 @@ def plot_fault_latency(faults: pd.DataFrame, *, by: str = "method", ax: Axes | N
     """
     ax = _axes(ax)
     data = _latencies(faults)
-    if by not in data:
-        data = data.assign(**{by: faults.attrs.get("method", "faults")})
-    labelled = set()
-    colours = case_colours(data[by].astype(str))
-    for keys, part in data.groupby([by, "run"], observed=True, sort=False):
-        name = str(keys[0])
-        values = np.sort(part["latency_us"].dropna().to_numpy(dtype=np.float64))
-        if len(values) == 0:
-            continue
-        share = np.arange(1, len(values) + 1) / len(values)
-        label = None if name in labelled else name
-        labelled.add(name)
-        style: dict[str, Any] = {"color": colours[name], "linestyle": line_style(name)}
-        ax.step(values, share, where="post", label=label, alpha=0.8, linewidth=1.2, **style)
+    for style, of_case in _styled_cases(data):
+        label: str | None = style.label
+        for _, boot in of_case.groupby("run", sort=False):
+            label = None if _step_up(ax, boot["latency_us"], label, style.line, 1.2) else label
     _log_us(ax)
     ax.set_ylim(0, 1.01)
     ax.set_ylabel("share of faults")
-    ax.set_title("Write-fault latency, one line a boot")
-    if labelled and labelled != {"faults"}:
+    ax.set_title("Write-fault latency, one line per boot")
+    if any(ax.get_legend_handles_labels()[1]):
         _legend(ax, loc="lower right")
     return ax
 
@@ -257,12 +333,24 @@ def plot_fault_histogram(
     return ax
 
 
+def _step_up(
+    ax: Axes, values: pd.Series[float], label: str | None, line: Mapping[str, Any], width: float
+) -> bool:
+    """Draw what share of the values is at most x; return whether there are any."""
+    known = np.sort(values.dropna().to_numpy(dtype=np.float64))
+    share = np.arange(1, len(known) + 1) / max(1, len(known))
+    if len(known):
+        ax.step(known, share, where="post", label=label, linewidth=width, **line)
+    return len(known) > 0
+
+
 def _latencies(faults: pd.DataFrame) -> pd.DataFrame:
     if "latency_us" in faults:
         return faults if "run" in faults else faults.assign(run="")
     released = faults["released_ns"] > 0
     latency = ((faults["released_ns"] - faults["read_ns"]) / 1e3).where(released)
-    return pd.DataFrame({"run": "", "latency_us": latency})
+    case = faults.attrs.get("case", {})
+    return pd.DataFrame({"run": "", **case, "latency_us": latency})
 
 
 def _log_us(ax: Axes) -> None:
@@ -275,25 +363,26 @@ def plot_rates(
     rates: Mapping[str, pd.DataFrame],
     *,
     pauses_ms: Mapping[str, tuple[float, float]] | None = None,
-    methods: Mapping[str, str] | None = None,
-    colours: Mapping[str, str] | None = None,
+    styles: Mapping[str, CaseStyle] | None = None,
+    thick: Collection[str] = (),
     ax: Axes | None = None,
 ) -> Axes:
-    """Guest speed against time around the snapshot, one line a run.
+    """Guest speed against time around the snapshot, one line per run.
 
     `lab.plot_slowdown` draws this from progress tables.
 
     :param rates: label -> `lab.tables.df_rate`.
     :param pauses_ms: label -> start and end of the pause since the request; drawn as a mark on top.
-    :param methods: label -> method, for the colour; the label itself by default.
-    :param colours: label -> colour, where it is not to be the method's.
+    :param styles: label -> how its case looks; by default the label is taken for a method.
+    :param thick: labels of lines to draw thicker than the others.
     """
     ax = _axes(ax)
     for row, (label, rate) in enumerate(rates.items()):
-        method = (methods or {}).get(label, label)
-        shade = (colours or {}).get(label) or colour(method)
-        style = line_style(method)
-        ax.plot(rate["ms"], 100 * rate["share"], style, color=shade, label=label, linewidth=1.1)
+        style = (styles or {}).get(label) or case_styles([{"method": label}])[0]
+        line = style.line | {"label": label, "linewidth": 1.1}
+        if thick:
+            line["linewidth"] = 2.0 if label in thick else 0.6
+        ax.plot(rate["ms"], 100 * rate["share"], **line)
         if pauses_ms and label in pauses_ms:
             # Above the axes, where no line runs, and with a tick: a pause of 1 ms is thinner than
             # a pixel.
@@ -301,7 +390,7 @@ def plot_rates(
             drawn: dict[str, Any] = {
                 "transform": ax.get_xaxis_transform(),
                 "clip_on": False,
-                "color": shade,
+                "color": style.colour,
             }
             start, end = pauses_ms[label]
             ax.plot([start, end], [height] * 2, linewidth=3, solid_capstyle="butt", **drawn)
@@ -317,14 +406,14 @@ def plot_rates(
 
 
 def plot_phases(phases: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """What the pause consists of: one stacked bar a run.
+    """What the pause consists of: one stacked bar per run.
 
     :param phases: `lab.tables.df_phases_by_method`, or one snapshot's `df_phases()`.  Drawn are the
         phases between stop and resume; set-up and sweep, during which the guest runs, are left out.
     """
     ax = _axes(ax)
     if "duration_ms" not in phases:
-        name = phases.attrs.get("method", "snapshot")
+        name = case_label(phases.attrs.get("case", {})) or "snapshot"
         phases = phases.assign(run=name, duration_ms=phases["duration_ns"] / 1e6)
     running = {"populate", "setup", "arm-ahead", "sweep", "complete", "release", "hold"}
     inside = phases[~phases["phase"].isin(running)]
@@ -346,23 +435,22 @@ def plot_phases(phases: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_phase_times(phases: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """How long every phase took, those included in which the guest runs: one point a boot, a bar at
-    the median, log scale.
+    """How long every phase took, those included in which the guest runs: one point per boot, a bar
+    at the median, log scale.
 
     :param phases: `lab.tables.df_phases_by_method`.  Phases in the order in which they begin.
     """
     ax = _axes(ax)
     names = phases.groupby("phase", observed=True)["start_ms"].median().sort_values().index.tolist()
-    methods = _in_order(phases["method"])
-    for place, method in enumerate(methods):
-        # Methods beside each other within a phase's row.
-        shift = (place - (len(methods) - 1) / 2) * 0.8 / max(1, len(methods))
-        label: str | None = method
+    cases = _styled_cases(phases)
+    for place, (style, part) in enumerate(cases):
+        # Cases beside each other within a phase's row.
+        shift = (place - (len(cases) - 1) / 2) * 0.8 / max(1, len(cases))
+        label: str | None = style.label
         for row, name in enumerate(names):
-            chosen = (phases["method"] == method) & (phases["phase"] == name)
-            values = phases.loc[chosen, "duration_ms"].to_numpy(dtype=np.float64)
+            values = part.loc[part["phase"] == name, "duration_ms"].to_numpy(dtype=np.float64)
             if len(values):
-                _points(ax, values, row + shift, method, label, half=0.35 / len(methods))
+                _points(ax, values, row + shift, style, label, half=0.35 / len(cases))
                 label = None
     ax.set_yticks(range(len(names)), names)
     if names:
@@ -371,23 +459,26 @@ def plot_phase_times(phases: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.grid(visible=False, axis="y")
     ax.set_xlabel("ms")
     ax.set_title("How long each phase takes")
-    if len(methods) > 1:
+    if len(cases) > 1:
         _legend(ax)
     return ax
 
 
 def _points(
-    ax: Axes, values: np.ndarray[Any, Any], row: float, method: str, label: str | None, half: float
+    ax: Axes,
+    values: np.ndarray[Any, Any],
+    row: float,
+    style: CaseStyle,
+    label: str | None,
+    half: float,
 ) -> None:
-    shade = colour(method)
     spread = np.linspace(-half / 2, half / 2, len(values)) if len(values) > 1 else np.zeros(1)
-    shape: dict[str, Any] = {"color": shade, "markersize": 4, "alpha": 0.75, "label": label}
-    ax.plot(values, row + spread, marker(method), **shape)
-    ax.plot([np.median(values)] * 2, [row - half, row + half], color=shade, linewidth=2)
+    ax.plot(values, row + spread, markersize=4, label=label, **style.points)
+    ax.plot([np.median(values)] * 2, [row - half, row + half], color=style.colour, linewidth=2)
 
 
 def plot_fault_stages(stages: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> list[Axes]:
-    """Distribution of how long faults spend in each stage, one panel a stage, one line a boot.
+    """Distribution of how long faults spend in each stage, one panel per stage, one line per boot.
 
     :param stages: `lab.anatomy.df_fault_stages`.
     """
@@ -398,29 +489,17 @@ def plot_fault_stages(stages: pd.DataFrame, *, axes: Sequence[Axes] | None = Non
             size = (3 * len(names) + 0.5, 3)
             axes = np.atleast_1d(plt.subplots(1, len(names), figsize=size, sharey=True)[1]).tolist()
     drawn = list(axes)
-    methods = _in_order(stages["method"])
+    cases = _styled_cases(stages)
     for ax, name in zip(drawn, names, strict=True):
-        of_stage = stages[stages["stage"] == name]
-        labelled = set()
-        for method in methods:
-            for _, boot in of_stage[of_stage["method"] == method].groupby("run", sort=False):
-                values = np.sort(boot["us"].to_numpy(dtype=np.float64))
-                share = np.arange(1, len(values) + 1) / len(values)
-                label = None if method in labelled else method
-                labelled.add(method)
-                line: dict[str, Any] = {
-                    "color": colour(method),
-                    "linestyle": line_style(method),
-                    "alpha": 0.8,
-                    "linewidth": 1.1,
-                    "label": label,
-                }
-                ax.step(values, share, where="post", **line)
+        for style, part in cases:
+            label: str | None = style.label
+            for _, boot in part[part["stage"] == name].groupby("run", sort=False):
+                label = None if _step_up(ax, boot["us"], label, style.line, 1.1) else label
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(FuncFormatter(_plain))
         ax.set_title(name)
         ax.set_xlabel("us")
-    if methods:
+    if cases:
         # The same in every panel, so it is said once.
         _legend(drawn[-1], below=drawn[0], loc="lower right", fontsize=7)
     drawn[0].set_ylabel("share of faults")
@@ -452,56 +531,61 @@ def plot_varied(
     x: str,
     metrics: Mapping[str, str],
     *,
-    by: str = "method",
     axes: Sequence[Axes] | None = None,
 ) -> list[Axes]:
-    """What a parameter changes: one panel a metric, one point a boot, a line through the medians.
+    """What a parameter changes: one panel per metric, one point per boot, a bar at each median.
+
+    Medians are joined by a line where the parameter is a number, for each method and each
+    combination of what else was varied; nothing lies between two kinds of a thing.
 
     :param runs: `lab.tables.df_runs` of a set that varied `x`; warm-ups and runs that are not ok
         are left out.
     :param metrics: column -> title of its panel, with the unit.  Log scale; values of zero or less
         have no place on it and are left out, and the title says how many.
-    :param by: column whose values get a line each.
     """
     data = runs[(runs["outcome"] == "ok") & ~runs["warmup"]]
     drawn = _panels(len(metrics)) if axes is None else list(axes)
-    values = data[x].unique().tolist()
-    values = values if data[x].dtype == object else sorted(values)
-    if x in UNLIMITED_BY_ZERO:
-        values.sort(key=lambda value: (value == 0, value))
-    groups = _in_order(data[by]) if by == "method" else sorted(data[by].unique(), key=str)
+    dimension = DIMENSIONS[x]
+    values = _in_order(x, [python_value(value) for value in data[x].unique()])
+    numbers = [k for k, value in enumerate(values) if dimension.is_number(value)]
+    groups = by_case(data, [name for name in case_columns(runs) if name != x])
+    lines = len(numbers) > 1
+    styles = case_styles([case for case, _ in groups], with_dashes=lines)
     for ax, (metric, title) in zip(drawn, metrics.items(), strict=True):
         hidden = int((data[metric] <= 0).sum())
-        positive = data[data[metric] > 0]
-        for k, group in enumerate(groups):
-            shade = colour(group) if by == "method" else COLOURS[k % len(COLOURS)]
-            shape = marker(group) if by == "method" else MARKERS[k % len(MARKERS)]
-            part = positive[positive[by] == group]
-            at = part[x].map(values.index).to_numpy(dtype=np.float64)
+        for k, (style, (_, group)) in enumerate(zip(styles, groups, strict=True)):
+            part = group[group[metric] > 0]
+            at = np.asarray([values.index(python_value(value)) for value in part[x]], dtype=float)
             # Groups beside each other, so that they do not hide each other.
             shift = 0.12 * (k - (len(groups) - 1) / 2)
-            points: dict[str, Any] = {"color": shade, "markersize": 4, "alpha": 0.6}
-            ax.plot(at + shift, part[metric].to_numpy(dtype=np.float64), shape, **points)
-            middle = part.groupby(x)[metric].median()
-            places = sorted(values.index(value) for value in middle.index)
-            heights = [middle[values[place]] for place in places]
-            where = np.asarray(places) + shift
-            ax.plot(where, heights, color=shade, linewidth=1.4, label=str(group))
-        _log_y(ax, positive[metric])
-        names = [_value_name(x, value) for value in values]
+            heights = part[metric].to_numpy(dtype=np.float64)
+            middle = {place: float(np.median(heights[at == place])) for place in set(at)}
+            look: dict[str, Any] = {"marker": "_", "markersize": 9, "markeredgewidth": 2}
+            look |= style.line | {"linewidth": 1.4}
+            # What stands for the group in the legend is what tells it from the others.
+            named: dict[str, Any] = {"label": style.label}
+            ax.plot(at + shift, heights, markersize=4, **style.points, **({} if lines else named))
+            for places, how in (
+                ([place for place in sorted(middle) if place in numbers], named if lines else {}),
+                (
+                    [place for place in sorted(middle) if place not in numbers],
+                    {"linestyle": "none"},
+                ),
+            ):
+                if places:
+                    where = [place + shift for place in places]
+                    ax.plot(where, [middle[place] for place in places], **look | how)
+        _log_y(ax, data.loc[data[metric] > 0, metric])
+        names = [dimension.shown(value) for value in values]
         is_long = any(len(name) > 5 for name in names)
         slant: dict[str, Any] = {"rotation": 30, "ha": "right"} if is_long else {}
         ax.set_xticks(range(len(values)), names, **slant)
-        ax.set_xlabel(x)
+        ax.set_xlabel(dimension.heading)
         ax.set_title(f"{title} ({hidden} not shown)" if hidden else title, fontsize=9)
         ax.tick_params(labelsize=8)
     if len(groups) > 1:
         drawn[0].legend(fontsize=7)
     return drawn
-
-
-def _value_name(parameter: str, value: object) -> str:
-    return "unlimited" if parameter in UNLIMITED_BY_ZERO and value == 0 else str(value)
 
 
 def plot_against(
@@ -512,8 +596,8 @@ def plot_against(
     x_title: str | None = None,
     axes: Sequence[Axes] | None = None,
 ) -> list[Axes]:
-    """What depends on a number, both on log scales: one panel a metric, one point a boot, a line
-    through the medians of cases, method by method.
+    """What depends on a number, both on log scales: one panel per metric, one point per boot, a
+    line through the medians of cases, method by method.
 
     :param runs: `lab.tables.df_runs`; warm-ups and runs that are not ok are left out, and so is
         what is not positive, of which the title says how much.
@@ -522,7 +606,7 @@ def plot_against(
     """
     data = runs[(runs["outcome"] == "ok") & ~runs["warmup"]]
     drawn = _panels(len(metrics)) if axes is None else list(axes)
-    methods = _in_order(data["method"])
+    methods = _in_order("method", data["method"].tolist())
     for ax, (metric, title) in zip(drawn, metrics.items(), strict=True):
         positive = data[(data[metric] > 0) & (data[x] > 0)]
         hidden = int(data[metric].notna().sum()) - len(positive)
@@ -531,8 +615,12 @@ def plot_against(
             shade = colour(method)
             points: dict[str, Any] = {"color": shade, "markersize": 4, "alpha": 0.6}
             ax.plot(part[x].to_numpy(), part[metric].to_numpy(), marker(method), **points)
-            middle = part.groupby("case")[[x, metric]].median().sort_values(x)
-            ax.plot(middle[x], middle[metric], color=shade, linewidth=1.4, label=method)
+            middle = sorted(
+                (float(of_case[x].median()), float(of_case[metric].median()))
+                for _, of_case in by_case(part)
+            )
+            line = {"linewidth": 1.4, "linestyle": dashes(method), "label": method}
+            ax.plot(*zip(*middle, strict=True), color=shade, **line)
         if len(positive):
             _log_x(ax, positive[x])
         _log_y(ax, positive[metric])
@@ -572,8 +660,8 @@ def plot_overhead(overhead: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_sample_gaps(gaps: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """How many samples of progress are further than x from the one before: a line a boot, a colour
-    a sampling interval, both scales logarithmic.
+    """How many samples of progress are further than x from the one before: a line per boot, a
+    colour per sampling interval, both scales logarithmic.
 
     :param gaps: `lab.overhead.df_sample_gaps`.
     """
@@ -593,15 +681,15 @@ def plot_sample_gaps(gaps: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         axis.set_major_formatter(FuncFormatter(_plain))
     ax.set_xlabel("since the sample before, ms")
     ax.set_ylabel("share of samples that are as late, or later")
-    ax.set_title("How far apart the samples are, one line a boot")
+    ax.set_title("How far apart the samples are, one line per boot")
     if intervals:
         ax.legend()
     return ax
 
 
 def plot_cost(runs: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> list[Axes]:
-    """Pause, duration, lost work and image size by method (or case): one point a boot, a bar at the
-    median, log scale.
+    """Pause, duration, lost work and image size by case: one point per boot, a bar at the median,
+    log scale.
 
     :param runs: `lab.tables.df_runs`; warm-ups and runs that are not ok are left out.  Lost work of
         zero or less (the guest ran faster than before) has no place on a log scale: it is drawn
@@ -609,20 +697,18 @@ def plot_cost(runs: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> list
     """
     data = runs[(runs["outcome"] == "ok") & ~runs["warmup"]].copy()
     data["image_mib"] = data["image_bytes"] / 2**20
+    cases = _styled_cases(data)
     if axes is None:
         with styled():
-            rows = max(3.2, 1 + 0.32 * data["case"].nunique())
-            longest = max(map(len, data["case"]), default=0)
+            rows = max(3.2, 1 + 0.32 * len(cases))
+            longest = max((len(style.label) for style, _ in cases), default=0)
             width = 9 + 0.08 * max(0, longest - _LONG_NAME)
             axes = plt.subplots(1, len(COST_COLUMNS), figsize=(width, rows), sharey=True)[1]
     drawn = list(axes)
-    # The method gives colour and marker, the case a row.
-    method_of = dict(zip(data["case"], data["method"], strict=True))
-    cases = sorted(method_of, key=lambda case: (_slot(method_of[case]), case))
     for ax, (column, title) in zip(drawn, COST_COLUMNS.items(), strict=True):
-        for row, case in enumerate(cases):
-            method = method_of[case]
-            values = data.loc[data["case"] == case, column].dropna().to_numpy(dtype=np.float64)
+        # The row tells cases of one method apart, so that all of them have its full strength.
+        for row, (style, part) in enumerate(cases):
+            values = part[column].dropna().to_numpy(dtype=np.float64)
             positive = values[values > 0]
             # Points of one method are spread so that equal values do not hide each other.
             offset = (
@@ -630,8 +716,8 @@ def plot_cost(runs: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> list
                 if len(positive) > 1
                 else np.zeros(len(positive))
             )
-            shade = colour(method)
-            ax.plot(positive, row + offset, marker(method), color=shade, markersize=5, alpha=0.75)
+            shade, shape = style.colour, style.marker
+            ax.plot(positive, row + offset, shape, color=shade, markersize=5, alpha=0.75)
             if len(positive):
                 ax.plot(
                     [np.median(positive)] * 2, [row - 0.32, row + 0.32], color=shade, linewidth=2
@@ -640,14 +726,14 @@ def plot_cost(runs: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> list
                 ax.plot(
                     [0.01] * (len(values) - len(positive)),
                     [row] * (len(values) - len(positive)),
-                    marker(method),
+                    shape,
                     color=shade,
                     fillstyle="none",
                     transform=ax.get_yaxis_transform(),
                 )
         _log_x(ax, data[column])
         ax.set_title(title)
-        ax.set_yticks(range(len(cases)), cases)
+        ax.set_yticks(range(len(cases)), [style.label for style, _ in cases])
         ax.grid(visible=False, axis="y")
     if cases:
         drawn[0].set_ylim(len(cases) - 0.5, -0.5)
@@ -735,15 +821,14 @@ def plot_faults_over_time(faults: pd.DataFrame, *, ax: Axes | None = None) -> Ax
 
 def plot_faults_by_depth(faults: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Latency of faults against what waited for the snapshot thread when they were read: median,
-    and the band from the 10 % to the 90 % quantile, by method.
+    and the band from the 10 % to the 90 % quantile, by case.
 
     :param faults: `lab.tables.df_faults_by_method` with `queue_depth`.  Depths are gathered in bins
         that double in width; the numbers of faults in them differ by orders of magnitude.
     """
     ax = _axes(ax)
     data = faults.dropna(subset=["latency_us"])
-    for method in _in_order(data["method"]):
-        part = data[data["method"] == method]
+    for style, part in _styled_cases(data):
         # 0 by itself, then 1, 2-3, 4-7, ...
         depth = part["queue_depth"].to_numpy(dtype=np.int64)
         part = part.assign(
@@ -751,10 +836,11 @@ def plot_faults_by_depth(faults: pd.DataFrame, *, ax: Axes | None = None) -> Axe
         )
         by_bin = part.groupby("bin")["latency_us"]
         quantiles = {q: by_bin.quantile(q, interpolation="lower") for q in (0.1, 0.5, 0.9)}
-        shade = colour(method)
         x = quantiles[0.5].index.to_numpy()
-        ax.fill_between(x, quantiles[0.1], quantiles[0.9], color=shade, alpha=0.2, linewidth=0)
-        ax.plot(x, quantiles[0.5], marker(method) + "-", color=shade, markersize=4, label=method)
+        band: dict[str, Any] = {"color": style.colour, "alpha": 0.2, "linewidth": 0}
+        ax.fill_between(x, quantiles[0.1], quantiles[0.9], **band)
+        shape: dict[str, Any] = {"marker": style.marker, "markersize": 4, "label": style.label}
+        ax.plot(x, quantiles[0.5], **style.line, **shape)
     ax.set_xscale("symlog", linthresh=1)
     ax.set_yscale("log")
     for axis in (ax.xaxis, ax.yaxis):
@@ -797,24 +883,23 @@ def plot_page_map(faults: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def plot_stalls(stalls: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """How many of the guest's operations took longer than x, by the guest's own clock.
 
-    :param stalls: `lab.tables.df_write_latency_by_method`: one line a boot while the snapshot ran,
-        and a dashed one for the second before.  Operations a second, so that windows of different
-        length compare.
+    :param stalls: `lab.tables.df_write_latency_by_method`: one line per boot while the snapshot
+        ran, and a thin grey one for the second before.  Operations per second, so that windows of
+        different length compare.
     """
     ax = _axes(ax)
+    before: dict[str, Any] = {"color": "#999999", "alpha": 0.8, "linewidth": 0.7, "zorder": 1}
     labelled = set()
-    colours = case_colours(stalls["method"].astype(str))
-    for keys, part in stalls.groupby(["method", "run", "window"], sort=False):
-        method, window = str(keys[0]), str(keys[2])
-        ordered = part.sort_values("low_ns")
-        longer = ordered["ops"].iloc[::-1].cumsum().iloc[::-1] / ordered["window_s"]
-        during = window == "during"
-        label = method if during else "before"
-        style: dict[str, Any] = {"color": colours[method] if during else "#999999", "alpha": 0.8}
-        style |= {"linestyle": "-" if during else "--", "linewidth": 1.1 if during else 0.7}
-        style |= {"label": None if label in labelled else label, "zorder": 2 if during else 1}
-        labelled.add(label)
-        ax.step(ordered["low_ns"] / 1e3, longer, where="post", **style)
+    for style, of_case in _styled_cases(stalls):
+        for (_, window), part in of_case.groupby(["run", "window"], sort=False):
+            ordered = part.sort_values("low_ns")
+            longer = ordered["ops"].iloc[::-1].cumsum().iloc[::-1] / ordered["window_s"]
+            during = window == "during"
+            label = style.label if during else "before"
+            line = style.line | {"linewidth": 1.1, "zorder": 2} if during else before
+            name = None if label in labelled else label
+            labelled.add(label)
+            ax.step(ordered["low_ns"] / 1e3, longer, where="post", label=name, **line)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(_plain))
@@ -829,19 +914,12 @@ def plot_stalls(stalls: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def plot_waits(waits: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Share of faults over within x: solid by the guest's clock, dotted the handler's part of it.
 
-    :param waits: `lab.tables.df_waits_by_method`; all boots of a method are one line.
+    :param waits: `lab.tables.df_waits_by_method`; all boots of a case are one line.
     """
     ax = _axes(ax)
-    colours = case_colours(waits["method"].astype(str))
-    for name, part in waits.groupby("method", sort=False):
-        method = str(name)
-        for column, style in (("wait_us", "-"), ("handler_us", ":")):
-            values = np.sort(part[column].dropna().to_numpy(dtype=np.float64))
-            if len(values) == 0:
-                continue
-            share = np.arange(1, len(values) + 1) / len(values)
-            label = method if column == "wait_us" else None
-            ax.step(values, share, style, where="post", color=colours[method], label=label)
+    for style, part in _styled_cases(waits, with_dashes=False):
+        for column, dash, label in (("wait_us", "-", style.label), ("handler_us", ":", None)):
+            _step_up(ax, part[column], label, style.line | {"linestyle": dash}, 1.5)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(_plain))
     ax.set_xlabel("us: the guest's write, by its clock (solid); the handler's part (dotted)")
@@ -854,7 +932,7 @@ def plot_waits(waits: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_lost_work(runs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Lost work against duration, one point a boot, both logarithmic; the line is where a guest
+    """Lost work against duration, one point per boot, both logarithmic; the line is where a guest
     would be that stood still for all of the snapshot.
 
     :param runs: `lab.tables.df_runs`; warm-ups, runs that are not ok and lost work of zero or less,
@@ -862,11 +940,9 @@ def plot_lost_work(runs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax)
     data = runs[(runs["outcome"] == "ok") & ~runs["warmup"] & (runs["lost_work_ms"] > 0)]
-    method_of = dict(zip(data["case"], data["method"], strict=True))
-    for case in sorted(method_of, key=lambda case: (_slot(method_of[case]), case)):
-        part = data[data["case"] == case]
-        style = {"color": colour(method_of[case]), "markersize": 5, "alpha": 0.75, "label": case}
-        ax.plot(part["duration_ms"], part["lost_work_ms"], marker(method_of[case]), **style)
+    for style, part in _styled_cases(data, with_dashes=False):
+        shape = style.points | {"markersize": 5, "label": style.label}
+        ax.plot(part["duration_ms"], part["lost_work_ms"], **shape)
     if len(data):
         ends = [data["duration_ms"].min() / 1.3, data["duration_ms"].max() * 1.3]
         ax.plot(ends, ends, color="#999999", linewidth=0.8, zorder=0)

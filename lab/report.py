@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from lab import figures, plots
 from lab.anatomy import STAGES
+from lab.columns import COLUMNS, METRICS
 from lab.floor.summary import df_floor_readable, skipped
 from lab.overhead import (
     df_overhead,
@@ -28,8 +29,8 @@ from lab.room import require_room
 from lab.run import RunSet
 from lab.sample import TAIL_LIMIT_S
 from lab.scenario import recorded_dimension
-from lab.summary import definitions, df_methods, df_readable, shown, warnings_of
-from lab.tables import COLUMNS, METRICS, df_runs
+from lab.summary import definitions, df_methods, df_readable, warnings_of
+from lab.tables import df_runs
 
 _CSS = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; color: #222; }
@@ -133,8 +134,8 @@ def _every_run(run_set: RunSet) -> pd.DataFrame:
     table = frame[["run", "round", "warmup", "outcome", "verified"]].copy()
     table["verified"] = [{True: "yes", False: "NO"}.get(v, "-") for v in frame["verified"]]
     table["warmup"] = ["yes" if w else "" for w in frame["warmup"]]
-    for metric in METRICS:
-        table[metric] = [shown(metric, value) for value in frame[metric]]
+    for name, metric in METRICS.items():
+        table[name] = [metric.shown(value) for value in frame[name]]
     return table
 
 
@@ -316,7 +317,7 @@ _FIGURES = (
         draw=figures.stalls_figure,
         caption="By the guest's own clock, which stops with the VM: no pause is in it. Every "
         "operation longer than 4 us between request and completion, whatever held it up; the "
-        "dashed lines are the second before.",
+        "thin grey lines are the second before.",
     ),
     _Figure(
         title="What the guest waits for a page",

@@ -25,7 +25,7 @@ Rules:
 * Failure is never a number: a failed or undecided run has null where its figures would be, and a
   reason.
 
-What each column means is in `lab.tables.COLUMNS` and, for people, in data/README.md.
+What each column means is in `lab.columns.COLUMNS` and, for people, in data/README.md.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lab.columns import COLUMNS
 from lab.display import html_row
 from lab.errors import RunError
 from lab.files import sha256_of, write_atomically
 from lab.limits import Throttled
 from lab.room import require_room
 from lab.scenario import case_name, recorded_dimension
-from lab.tables import COLUMNS, with_marks
+from lab.tables import with_marks
 
 RUN_SCHEMA = "lab.run/1"
 SET_SCHEMA = "lab.set/1"
@@ -100,7 +101,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Contents of run.json (schema "lab.run/1").
 
     `scenario` is the parameters as asked for, `summary` the summary line
-    (`lab.tables.SUMMARY_FIELDS`), `binaries` names versions, build ids and hashes, `clocks` says
+    (`lab.columns.SUMMARY_FIELDS`), `binaries` names versions, build ids and hashes, `clocks` says
     which clock every `*_ns` value is of.
     """
 
@@ -268,13 +269,18 @@ class Run:
         return {name: recorded_dimension(self.record.scenario, name) for name in self.varied}
 
     @property
+    def case_values(self) -> dict[str, Any]:
+        """What it is a sample of, by column: its method, and its values of what was varied."""
+        return {"method": self.record.method} | self.dimensions
+
+    @property
     def case(self) -> str:
-        """What it is a sample of: its method, and its values of what the run set varied."""
+        """The name of what it is a sample of, as commands know it."""
         return case_name(self.record.method, self.dimensions)
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The summary line: `lab.tables.SUMMARY_FIELDS`, null where nothing applies."""
+        """The summary line: `lab.columns.SUMMARY_FIELDS`, null where nothing applies."""
         return self.record.summary
 
     @property
@@ -309,7 +315,7 @@ class Run:
     def df(self, table: str) -> pd.DataFrame:
         """A stored table.
 
-        Columns, units and clocks: `lab.tables.COLUMNS[table]` and data/README.md.
+        Columns, units and clocks: `lab.columns.COLUMNS[table]` and data/README.md.
 
         Raises RunError when this run did not record the table (a peer without a fault log, a
         failed run).
@@ -336,13 +342,13 @@ class Run:
         return self._marked("progress")
 
     def _marked(self, table: str) -> pd.DataFrame:
-        """A stored table that names the method and the instants in its `attrs`, so that
+        """A stored table that names the case and the instants in its `attrs`, so that
         `lab.plot_*` draw it as it is.
         """
         marks = self.record.marks
         return with_marks(
             self.df(table),
-            method=self.record.method,
+            case=self.case_values,
             request_ns=marks.request_ns,
             stop_ns=marks.stop_ns,
             resume_ns=marks.resume_ns,
@@ -364,10 +370,11 @@ class Run:
         return f"<Run {self.name} {self.record.outcome}>"
 
     def _repr_html_(self) -> str:
-        from lab.summary import SHORT, heading, shown
+        from lab.columns import METRICS, SHORT
 
         cells = {"run": self.name, "outcome": self.record.outcome}
-        cells |= {heading(metric): shown(metric, self.summary.get(metric)) for metric in SHORT}
+        for metric in (METRICS[name] for name in SHORT):
+            cells[metric.title] = metric.shown(self.summary.get(metric.name))
         return html_row(cells)
 
 
@@ -481,6 +488,11 @@ class RunSet:
     def varied(self) -> tuple[str, ...]:
         """Parameters of which several values were measured, besides methods."""
         return tuple(sorted(self.record.plan.get("vary", {})))
+
+    @property
+    def case_columns(self) -> list[str]:
+        """The columns that tell its cases apart in tables: the method, and what was varied."""
+        return ["method", *self.varied]
 
     @property
     def cases(self) -> list[str]:

@@ -203,7 +203,7 @@ async def take_sample(
     """Boot, settle, record a baseline, take the snapshot into `image`, record until the old rate
     is back.
 
-    Measured: `lab.tables.SUMMARY_FIELDS`.  Not measured: the boot, and anything `verify` does.
+    Measured: `lab.columns.SUMMARY_FIELDS`.  Not measured: the boot, and anything `verify` does.
 
     :param verify: afterwards, take another snapshot of the same guest, restore it and compare all
         of RAM.

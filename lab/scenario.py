@@ -10,6 +10,10 @@ A field's metadata holds `help` (its command line help) and, where the bare name
 ambiguous in a table or on a command line, `dimension`: `Workload.kind` is the dimension
 `workload` and the flag `--workload`.  `earlier` is what was the case before there was the field,
 where that is not its default: a recording that does not name it is read so.
+
+Tables and figures use `unit`, `title` (what an axis is called), `doc` (what a recorded value means,
+where that is not what the flag asks for) and `zero` (what 0 stands for, where it is not a number).
+`DIMENSIONS` has all of it, as one record for each parameter.
 """
 
 import argparse
@@ -52,6 +56,8 @@ Variant = Literal["patched", "unpatched"]
 Sanitizer = Literal["address", "thread"]
 """What the compiler checks while QEMU runs: addresses and undefined behaviour, or data races."""
 Mechanism = Literal["background", "precopy", "stopped"]
+Zero = Literal["unlimited", "automatic", "none"]
+"""What the 0 of a parameter stands for, where it is not a number."""
 
 MIN_RAM_MIB: Mapping[str, int] = types.MappingProxyType({"linux": 128, "micro": 16})
 """By guest.  Linux unpacks its initramfs in this much; less ends in a panic at boot."""
@@ -152,32 +158,85 @@ class Machine:
     Raises `UsageError` for values that can not work.
     """
 
-    ram_mib: int = field(default=1024, metadata={"help": "guest RAM in MiB"})
-    vcpus: int = field(default=1, metadata={"help": "number of vCPUs"})
+    ram_mib: int = field(
+        default=1024, metadata={"help": "guest RAM in MiB", "unit": "MiB", "title": "guest RAM"}
+    )
+    vcpus: int = field(
+        default=1, metadata={"help": "number of vCPUs", "unit": "1", "title": "vCPUs"}
+    )
     accel: Accel = field(
-        default="tcg", metadata={"help": "QEMU's accelerator; auto: kvm where the guest runs on it"}
+        default="tcg",
+        metadata={
+            "help": "QEMU's accelerator; auto: kvm where the guest runs on it",
+            "title": "accelerator",
+            "doc": "accelerator that ran the guest",
+        },
     )
     guest: GuestKind = field(
-        default="linux", metadata={"help": "what runs in it: Linux, or the microguest"}
+        default="linux",
+        metadata={
+            "help": "what runs in it: Linux, or the microguest",
+            "doc": "what ran in it: linux, or micro, the microguest",
+        },
     )
-    ram_kind: RamKind = field(default="anon", metadata={"help": "what backs guest RAM"})
+    ram_kind: RamKind = field(
+        default="anon", metadata={"help": "what backs guest RAM", "title": "kind of RAM"}
+    )
     thp: bool | None = field(
-        default=None, metadata={"help": "transparent huge pages for guest RAM (host's policy)"}
+        default=None,
+        metadata={
+            "help": "transparent huge pages for guest RAM (host's policy)",
+            "title": "huge pages",
+        },
     )
     chipset: Chipset = field(default="pc", metadata={"help": "QEMU's machine type"})
-    disk: DiskKind = field(default="none", metadata={"help": "a scratch disk that the guest uses"})
+    disk: DiskKind = field(
+        default="none",
+        metadata={
+            "help": "a scratch disk that the guest uses",
+            "doc": "scratch disk that the guest uses: none, ide, virtio or scsi",
+        },
+    )
     disk_cache: DiskCache = field(
-        default="writeback", metadata={"help": "the disk's cache mode; none bypasses the host's"}
+        default="writeback",
+        metadata={
+            "help": "the disk's cache mode; none bypasses the host's",
+            "doc": "the disk's cache mode in QEMU; null without a disk",
+        },
     )
-    disk_aio: DiskAio = field(default="threads", metadata={"help": "who does the disk's I/O"})
+    disk_aio: DiskAio = field(
+        default="threads",
+        metadata={
+            "help": "who does the disk's I/O",
+            "doc": "who does the disk's I/O: QEMU's threads, or the kernel (native); null "
+            "without a disk",
+        },
+    )
     disk_iothread: bool = field(
-        default=False, metadata={"help": "serve the virtio or scsi disk in a thread of its own"}
+        default=False,
+        metadata={
+            "help": "serve the virtio or scsi disk in a thread of its own",
+            "doc": "whether a thread of its own serves the disk; null without a disk",
+        },
     )
-    net: bool = field(default=False, metadata={"help": "a virtio network card that the guest uses"})
+    net: bool = field(
+        default=False,
+        metadata={
+            "help": "a virtio network card that the guest uses",
+            "doc": "whether the guest exchanges packets over a virtio network card",
+        },
+    )
     vnc: bool = field(
-        default=False, metadata={"help": "a screen that the guest draws on, served by VNC"}
+        default=False,
+        metadata={
+            "help": "a screen that the guest draws on, served by VNC",
+            "doc": "whether the guest draws on a screen that is served by VNC",
+        },
     )
-    balloon: bool = field(default=False, metadata={"help": "a virtio balloon"})
+    balloon: bool = field(
+        default=False,
+        metadata={"help": "a virtio balloon", "doc": "whether the guest has a virtio balloon"},
+    )
     balloon_reporting: bool = field(
         default=False, metadata={"help": "have the guest report free pages to the balloon"}
     )
@@ -186,11 +245,21 @@ class Machine:
         default=False, metadata={"help": "virtio devices that the guest has no driver for"}
     )
     fault_around_pages: int = field(
-        default=0, metadata={"help": "pages that a fault takes along, engine copy; 0: it chooses"}
+        default=0,
+        metadata={
+            "help": "pages that a fault takes along, engine copy; 0: it chooses",
+            "unit": "pages",
+            "title": "taken along with a fault",
+            "zero": "automatic",
+        },
     )
     chunk_kib: int = field(
         default=DEFAULT_CHUNK_KIB,
-        metadata={"help": "memory that the sweep releases at a time, engine copy"},
+        metadata={
+            "help": "memory that the sweep releases at a time, engine copy",
+            "unit": "KiB",
+            "title": "released at a time",
+        },
     )
     extra_args: tuple[str, ...] = field(
         default=(), metadata={"help": "one more QEMU argument; repeatable", "flag": "extra-arg"}
@@ -314,22 +383,47 @@ class Workload:
     """
 
     kind: WorkloadKind = field(
-        default="random", metadata={"help": "what the guest writes", "dimension": "workload"}
+        default="random",
+        metadata={
+            "help": "what the guest writes",
+            "dimension": "workload",
+            "doc": "what the guest runs",
+        },
     )
     _: dataclasses.KW_ONLY
-    wss_mib: int = field(default=256, metadata={"help": "working set in MiB"})
-    threads: int = field(default=1, metadata={"help": "writer threads in the guest"})
+    wss_mib: int = field(
+        default=256,
+        metadata={
+            "help": "working set in MiB",
+            "unit": "MiB",
+            "title": "working set",
+            "doc": "working set the guest writes to",
+        },
+    )
+    threads: int = field(
+        default=1, metadata={"help": "writer threads in the guest", "unit": "1", "title": "writers"}
+    )
     seed: int = field(default=1, metadata={"help": "seed of the page sequence"})
     time_writes: bool = field(
         default=False, metadata={"help": "have the guest time each operation, which slows it down"}
     )
     rate_ops_per_s: int = field(
         default=0,
-        metadata={"help": "operations of all writers in a second; 0: as many as they can do"},
+        metadata={
+            "help": "operations of all writers in a second; 0: as many as they can do",
+            "unit": "1/s",
+            "title": "rate asked of the guest",
+            "zero": "unlimited",
+            "doc": "operations that the guest was to do in a second; 0: as many as it could",
+        },
     )
     page_kib: int = field(
         default=4,
-        metadata={"help": "guest pages that map the working set: 4, or 2048 in the microguest"},
+        metadata={
+            "help": "guest pages that map the working set: 4, or 2048 in the microguest",
+            "unit": "KiB",
+            "title": "guest page",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -386,11 +480,20 @@ class Instruments:
     )
 
     sample_interval_us: int = field(
-        default=1000, metadata={"help": "distance of the samples of the guest's progress"}
+        default=1000,
+        metadata={
+            "help": "distance of the samples of the guest's progress",
+            "unit": "us",
+            "title": "between samples",
+        },
     )
     known_faults: int = field(
         default=0,
-        metadata={"help": "protected pages that the lab itself writes to, to check the fault log"},
+        metadata={
+            "help": "protected pages that the lab itself writes to, to check the fault log",
+            "unit": "1",
+            "zero": "none",
+        },
     )
 
     rebuild_huge_pages: bool = field(
@@ -426,7 +529,13 @@ class Storage:
 
     storage_mib_per_s: int = field(
         default=0,
-        metadata={"help": "write the image no faster than this; 0: as fast as the disk goes"},
+        metadata={
+            "help": "write the image no faster than this; 0: as fast as the disk goes",
+            "unit": "MiB/s",
+            "title": "rate of the storage",
+            "zero": "unlimited",
+            "doc": "the image was written no faster than this; 0: as fast as the disk went",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -557,9 +666,6 @@ def _methods() -> Iterator[Method]:
 
 METHODS: Mapping[str, Method] = types.MappingProxyType({m.name: m for m in _methods()})
 """Every method by name, in the order in which tables and figures show them."""
-
-UNLIMITED_BY_ZERO = ("rate_ops_per_s", "storage_mib_per_s")
-"""Parameters whose 0 is not the lowest value but no limit."""
 
 
 def method(name: str) -> Method:
@@ -774,17 +880,88 @@ def replace_dimensions(
     )
 
 
+_PARAMETERS: "Mapping[str, tuple[type[Any], dataclasses.Field[Any]]]" = {
+    _destination(f): (cls, f)
+    for cls in _PARTS
+    for f in dataclasses.fields(cls)
+    if f.name != "extra_args"
+}
+
+
 def _parameter(name: str) -> "tuple[type[Any], dataclasses.Field[Any]]":
-    known = {
-        _destination(f): (cls, f)
-        for cls in _PARTS
-        for f in dataclasses.fields(cls)
-        if f.name != "extra_args"
-    }
-    found = known.get(name.replace("-", "_"))
+    found = _PARAMETERS.get(name.replace("-", "_"))
     if found is None:
-        raise UsageError(f"there is no parameter {name!r}", f"choose from: {', '.join(known)}")
+        known = ", ".join(_PARAMETERS)
+        raise UsageError(f"there is no parameter {name!r}", f"choose from: {known}")
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimension:
+    """Something in which scenarios differ: the method, or a parameter of one of their parts.
+
+    `unit` is empty for what is no number.  `title` names it on an axis.  `order` is the order of
+    its values in tables and figures; where it is empty they are numbers and go up.  `zero` is what
+    0 stands for, where it is not a number of the unit: `unlimited` comes after every number,
+    `automatic` and `none` before.
+    """
+
+    name: str
+    unit: str = ""
+    doc: str
+    title: str
+    order: tuple[Any, ...] = ()
+    zero: Zero | None = None
+
+    @property
+    def heading(self) -> str:
+        """Its title with its unit."""
+        return self.title if self.unit in ("", "1") else f"{self.title}, {self.unit}"
+
+    def is_number(self, value: object) -> bool:
+        """Whether a value has a place among numbers: a line may lead from it to the next."""
+        return not self.order and not (self.zero and value == 0)
+
+    def place(self, value: Any) -> tuple[int, Any]:
+        """A key that sorts its values; those that the lab does not know any more come last."""
+        if self.order:
+            known = value in self.order
+            return (0, self.order.index(value)) if known else (1, str(value))
+        if not isinstance(value, int | float):
+            return (3, str(value))
+        if self.is_number(value):
+            return (1, value)
+        return (2 if self.zero == "unlimited" else 0, 0)
+
+    def shown(self, value: object) -> str:
+        """A value for people."""
+        return self.zero if self.zero and value == 0 else _shown(value)
+
+
+def _dimension(name: str) -> Dimension:
+    cls, f = _parameter(name)
+    hint = typing.get_type_hints(cls)[f.name]
+    orders = {bool: (False, True), bool | None: (None, False, True)}
+    order = typing.get_args(hint) if typing.get_origin(hint) is Literal else orders.get(hint, ())
+    return Dimension(
+        name=name,
+        unit=f.metadata.get("unit", ""),
+        doc=f.metadata.get("doc", f.metadata["help"]),
+        title=f.metadata.get("title", name.replace("_", " ")),
+        order=order,
+        zero=f.metadata.get("zero"),
+    )
+
+
+DIMENSIONS: Mapping[str, Dimension] = types.MappingProxyType(
+    {
+        "method": Dimension(
+            name="method", doc="how the snapshot was taken", title="method", order=tuple(METHODS)
+        )
+    }
+    | {name: _dimension(name) for name in _PARAMETERS}
+)
+"""Everything in which scenarios can differ, by name; the method is one of them."""
 
 
 def recorded_dimension(scenario: Mapping[str, Any], name: str) -> Any:

@@ -115,7 +115,7 @@ Hold = Callable[[], Awaitable[None]]
 class Snapshot:
     """A snapshot that was taken, and how that went.  See the module for what the times are.
 
-    The tables name the snapshot in their `attrs` (`method`, `request_ns`, `stop_ns`, `resume_ns`,
+    The tables name the snapshot in their `attrs` (`case`, `request_ns`, `stop_ns`, `resume_ns`,
     `end_ns`), so that `lab.plot_*` draw them as they are.
 
     `request_ns`, `stop_ns`, `resume_ns` and `end_ns` are CLOCK_MONOTONIC; `stop_ns` and
@@ -203,7 +203,7 @@ class Snapshot:
     def _marked(self, table: pd.DataFrame) -> pd.DataFrame:
         return with_marks(
             table,
-            method=self.method,
+            case={"method": self.method},
             request_ns=self.request_ns,
             stop_ns=self.stop_ns,
             resume_ns=self.resume_ns,

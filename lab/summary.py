@@ -1,17 +1,18 @@
-"""Run sets condensed for reading: one row a method, comparisons of two sets, both as text."""
+"""Run sets condensed for reading: one row per case, comparisons of two sets, both as text."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
+from lab.columns import METRICS, SHORT, SUMMARY_FIELDS, Metric
 from lab.errors import RunError
 from lab.run import Run, RunSet
 from lab.scenario import (
+    DIMENSIONS,
     Instruments,
     Machine,
     Storage,
@@ -21,129 +22,59 @@ from lab.scenario import (
     to_json,
 )
 from lab.stats import Comparison, check_stability, compare, median, quantile_interval
-from lab.tables import DIMENSIONS, METRICS, SUMMARY_FIELDS, Slowdown, df_runs, varying
+from lab.tables import Slowdown, by_case, case_columns, case_label, df_runs, varying
 
-# What the short table shows; all of METRICS is in the report.
-SHORT = (
-    "pause_ms",
-    "duration_ms",
-    "lost_work_ms",
-    "min_rate_50ms",
-    "max_gap_ms",
-    "image_bytes",
-    "faults",
-    "fault_p50_us",
-    "fault_p99_us",
-)
-_HEADINGS = {
-    "setup_ms": "set-up ms",
-    "pause_ms": "pause ms",
-    "duration_ms": "duration ms",
-    "image_bytes": "image MiB",
-    "baseline_ops_per_s": "baseline Mops/s",
-    "lost_work_ms": "lost work ms",
-    "min_rate_50ms": "min rate %",
-    "max_gap_ms": "max gap ms",
-    "recovery_ms": "recovery ms",
-    "faults": "faults",
-    "fault_p50_us": "fault p50 us",
-    "fault_p99_us": "fault p99 us",
-    "fault_max_us": "fault max us",
-    "known_faults_logged": "known faults logged",
-    "pages_copied": "pages copied",
-    "buffer_max_bytes": "buffer max MiB",
-    "buffer_waits": "buffer waits",
-    "stalls": "stalls > 4 us",
-    "stall_sum_ms": "stall sum ms",
-    "stall_p50_us": "stall p50 us",
-    "stall_p99_us": "stall p99 us",
-    "stall_p999_us": "stall p99.9 us",
-    "stall_max_us": "stall max us",
-    "qemu_cpu_ms": "QEMU CPU ms",
-    "vcpu_wait_ms": "vCPU wait ms",
-    "rss_growth_mib": "RSS growth MiB",
-    "thp_lost_mib": "THP lost MiB",
-    "thp_splits": "THP splits",
-    "page_cache_growth_mib": "page cache growth MiB",
-    "rebuild_ms": "THP rebuild ms",
-    "rebuilt_mib": "THP rebuilt MiB",
-    "rate_before_rebuild": "rate before rebuild %",
-    "rate_after_rebuild": "rate after rebuild %",
-}
 # A guest whose rate takes longer to come back after completion is not slow to recover: either the
 # baseline was measured in a fast second, or the host was busy.  Lost work counts that time.
 LONG_RECOVERY_MS = 2000
-_SCALES = {
-    "image_bytes": 2.0**-20,
-    "buffer_max_bytes": 2.0**-20,
-    "baseline_ops_per_s": 1e-6,
-    "min_rate_50ms": 100.0,
-    "rate_before_rebuild": 100.0,
-    "rate_after_rebuild": 100.0,
-}
-
-
-def heading(metric: str) -> str:
-    """A metric's name for people, with the unit `shown` uses."""
-    return _HEADINGS.get(metric, metric)
 
 
 def in_shown_units(runs: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Return the runs with these of their columns in the units of `heading`."""
-    return runs.assign(**{m: runs[m] * _SCALES[m] for m in metrics if m in _SCALES})
-
-
-def shown(metric: str, value: float | None) -> str:
-    """A value in the unit of `heading`, three significant digits; `-` for null."""
-    if value is None or math.isnan(value):
-        return "-"
-    scaled = value * _SCALES.get(metric, 1.0)
-    if scaled == 0:
-        return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(scaled))))
-    return f"{scaled:.{digits}f}"
+    """Return the runs with these of their columns in the units of the metrics' titles."""
+    return runs.assign(**{name: runs[name] * METRICS[name].scale for name in metrics})
 
 
 def df_methods(runs: RunSet | Sequence[Run]) -> pd.DataFrame:
-    """One row a method, or a case where the set varied more than methods, over its runs that count.
+    """One row per case, over its runs that count, in the order of the dimensions.
 
-    Columns: method (the case: method and values of what was varied), n (boots), failed (runs that
-    are failed or undecided), and for every metric the median over boots as `metric`, and
+    Columns: the case (`method`, and what the set varied), n (boots), failed (runs that are failed
+    or undecided), and for every metric the median over boots as `metric`, and
     `metric_low`, `metric_high`: the order-statistic interval of the median, asked for at 95 %.
     With fewer than six boots it is the lowest and highest boot, which covers less (n = 5: 94 %,
     n = 3: 75 %).
     """
     frame = df_runs(runs)
     frame = frame[~frame["warmup"]]
-    names = runs.cases if isinstance(runs, RunSet) else []
-    names += [name for name in dict.fromkeys(frame["case"]) if name not in names]
     rows = []
-    for name in names:
-        of_method = frame[frame["case"] == name]
-        ok = of_method[of_method["outcome"] == "ok"]
-        row: dict[str, Any] = {"method": name, "n": len(ok), "failed": len(of_method) - len(ok)}
+    for case, part in by_case(frame):
+        ok = part[part["outcome"] == "ok"]
+        row: dict[str, Any] = case | {"n": len(ok), "failed": len(part) - len(ok)}
         for metric in METRICS:
             values = ok[metric].dropna().to_numpy(dtype=float)
-            low = high = middle = math.nan
             if len(values):
                 interval = quantile_interval(values)
-                low, middle, high = interval.low, median(values), interval.high
-            row |= {metric: middle, f"{metric}_low": low, f"{metric}_high": high}
+                row |= {metric: median(values)}
+                row |= {f"{metric}_low": interval.low, f"{metric}_high": interval.high}
         rows.append(row)
-    columns = ["method", "n", "failed"]
+    columns = [*case_columns(frame), "n", "failed"]
     columns += [m + part for m in METRICS for part in ("", "_low", "_high")]
-    return pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=columns)
+    return table.astype(dict.fromkeys(columns[columns.index("failed") + 1 :], float))
 
 
 def df_readable(methods: pd.DataFrame, metrics: Sequence[str] = SHORT) -> pd.DataFrame:
     """`df_methods` as text for display: `median [low - high]`, units in the headings."""
-    table = {"method": methods["method"], "n": methods["n"]}
+    table = {
+        name: methods[name].map(DIMENSIONS[name].shown).astype(object)
+        for name in case_columns(methods)
+    }
+    table["n"] = methods["n"]
     if methods["failed"].any():
         table["failed"] = methods["failed"]
     for metric in metrics:
-        table[heading(metric)] = pd.Series(
+        table[METRICS[metric].title] = pd.Series(
             [
-                _with_range(metric, *values)
+                _with_range(METRICS[metric], *values)
                 for values in zip(
                     methods[metric],
                     methods[f"{metric}_low"],
@@ -157,11 +88,11 @@ def df_readable(methods: pd.DataFrame, metrics: Sequence[str] = SHORT) -> pd.Dat
     return pd.DataFrame(table)
 
 
-def _with_range(metric: str, middle: float, low: float, high: float) -> str:
-    text = shown(metric, middle)
+def _with_range(metric: Metric, middle: float, low: float, high: float) -> str:
+    text = metric.shown(middle)
     if text == "-" or low == high:
         return text
-    return f"{text} [{shown(metric, low)} - {shown(metric, high)}]"
+    return f"{text} [{metric.shown(low)} - {metric.shown(high)}]"
 
 
 def df_slowdown(cost: Slowdown) -> pd.DataFrame:
@@ -169,9 +100,9 @@ def df_slowdown(cost: Slowdown) -> pd.DataFrame:
     value.
     """
     rows = {
-        heading(metric): shown(metric, getattr(cost, metric))
-        for metric in METRICS
-        if hasattr(cost, metric)
+        metric.title: metric.shown(getattr(cost, metric.name))
+        for metric in METRICS.values()
+        if hasattr(cost, metric.name)
     }
     return pd.DataFrame({"this snapshot": rows})
 
@@ -198,11 +129,12 @@ def warnings_of(run_set: RunSet) -> list[str]:
     found = []
     frame = df_runs(run_set)
     counted = frame[(frame["outcome"] == "ok") & ~frame["warmup"]]
-    for name, part in counted.groupby("case", sort=False):
+    for case, part in by_case(counted):
+        name = case_label(case)
         for metric in ("pause_ms", "duration_ms", "lost_work_ms"):
             values = part[metric].dropna().tolist()
             found += [
-                f"{name}, {heading(metric)}: {reason}"
+                f"{name}, {METRICS[metric].title}: {reason}"
                 for reason in (check_stability(values) if values else [])
                 if not reason.startswith("only") or metric == "duration_ms"
             ]
@@ -247,7 +179,7 @@ class Side:
                 for part in (Workload(), Storage(), Instruments())
                 for name in dimensions(part)
             }
-            | {name: first.summary.get(name) for name in DIMENSIONS}
+            | {name: first.summary.get(name) for name in ("method", "engine", "accel")}
             | {
                 "build": first.build,
                 "kernel": first.record.host.get("kernel"),
@@ -295,7 +227,7 @@ def sides(
 
 
 def compare_sides(
-    a: Side, b: Side, metrics: Sequence[str] = METRICS
+    a: Side, b: Side, metrics: Iterable[str] = METRICS
 ) -> Mapping[str, Comparison | None]:
     """B against A for every metric; None where either has no value."""
     result: dict[str, Comparison | None] = {}
@@ -307,22 +239,22 @@ def compare_sides(
 
 
 def comparison_text(a: Side, b: Side) -> str:
-    """A comparison as text: what differs, then a row a metric with delta, ratio, interval and p."""
+    """A comparison as text: what differs, then per metric its delta, ratio, interval and p."""
     different = varying([a.dimensions, b.dimensions], tuple(a.dimensions))
     lines = [f"A = {a.name} (n={len(a.runs)})", f"B = {b.name} (n={len(b.runs)})"]
     lines += [f"  {name}: {a.dimensions[name]} -> {b.dimensions[name]}" for name in different]
     rows = []
     caveats = set()
-    for metric, result in compare_sides(a, b).items():
+    for name, result in compare_sides(a, b).items():
         if result is None:
             continue
-        ratio, interval = result.ratio, result.interval
+        metric, ratio, interval = METRICS[name], result.ratio, result.interval
         rows.append(
             {
-                "": heading(metric),
-                "A": shown(metric, result.median_a),
-                "B": shown(metric, result.median_b),
-                "delta": shown(metric, result.delta),
+                "": metric.title,
+                "A": metric.shown(result.median_a),
+                "B": metric.shown(result.median_b),
+                "delta": metric.shown(result.delta),
                 "B/A": "-" if ratio is None else f"{ratio:.3g}",
                 "interval": f"{interval.low:.3g} - {interval.high:.3g}" if interval else "-",
                 "covers": f"{interval.coverage:.0%}" if interval else "-",

@@ -1,7 +1,8 @@
 """Tidy tables and the figures computed from them: pure functions, no I/O.
 
-`COLUMNS` is the data dictionary of the stored tables and `SUMMARY_FIELDS` that of the summary
-line; data/README.md says the same for people, and a test holds the two together.
+What stored tables and the summary line hold is in `lab.columns`.  A table of several runs has at
+its front, after `run` where a row is of one run, what *case* its rows are of: a column `method`,
+and one for each parameter that the run set varied.
 
 Progress is a list of samples (t, operations completed until t), about one a millisecond.  Between
 two samples the count is taken to grow evenly; everything below is exact under that reading, with
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from lab.columns import COLUMNS, METRICS, SUMMARY_FIELDS
+from lab.scenario import DIMENSIONS
 from lab.stats import quantile
 
 if TYPE_CHECKING:
@@ -34,289 +38,6 @@ BACK_SHARE = 0.95
 # Less of a baseline than this is one scheduling accident, not a rate.
 SHORTEST_BASELINE_NS = 200 * NS_PER_MS
 
-
-class Column(NamedTuple):
-    """Unit and meaning of one column."""
-
-    unit: str
-    doc: str
-
-
-COLUMNS: dict[str, dict[str, Column]] = {
-    "faults": {
-        "seq": Column("1", "order in which the handler read the faults, from 0"),
-        "gpa": Column(
-            "B", "guest-physical address of the page; NA when the block is not mapped for the guest"
-        ),
-        "offset": Column("B", "offset of the page in its RAM block"),
-        "block": Column("", "name of the RAM block"),
-        "tid": Column("", "host thread that faulted; 0 when the kernel did not say"),
-        "vcpu": Column("", "index of the vCPU that faulted; NA when the thread is not a vCPU"),
-        "read_ns": Column("ns", "CLOCK_MONOTONIC when the handler read the fault message"),
-        "taken_ns": Column(
-            "ns", "CLOCK_MONOTONIC when the snapshot thread took the fault up; 0 when it did not"
-        ),
-        "saved_ns": Column(
-            "ns",
-            "CLOCK_MONOTONIC when the page was in the stream or copied aside; 0 when it was "
-            "saved before",
-        ),
-        "released_ns": Column(
-            "ns",
-            "CLOCK_MONOTONIC when the unprotect call returned; 0 when another thread released "
-            "the page",
-        ),
-        "latency_ns": Column(
-            "ns", "released_ns - read_ns; NA when another thread released the page"
-        ),
-        "pages": Column("pages", "pages released together with this one"),
-        "resolver": Column(
-            "",
-            "who saved the page: the sweep before the fault, the snapshot thread, the fault "
-            "thread; or nobody, because the VM was yet to be paused (`not-paused`)",
-        ),
-        "queue_depth": Column(
-            "1",
-            "what waited for the snapshot thread when this one was read: faults, or with the "
-            "engine `copy` pages that were copied aside",
-        ),
-    },
-    "progress": {
-        "t_ns": Column("ns", "CLOCK_MONOTONIC of the sample: middle of the read"),
-        "ops": Column(
-            "1", "operations completed since the guest's writers started, summed over its threads"
-        ),
-        "read_ns": Column("ns", "how long the read of the guest's page took"),
-    },
-    "write_latency": {
-        "window": Column(
-            "", "`before`: from a second before the request; `during`: request until completion"
-        ),
-        "low_ns": Column("ns", "shortest duration of an operation that is counted here"),
-        "high_ns": Column("ns", "duration from which on it is counted in the next bucket"),
-        "ops": Column("1", "operations that took so long, summed over the guest's writers"),
-    },
-    "slow_writes": {
-        "thread": Column("", "index of the writer, which is that of its vCPU modulo the vCPUs"),
-        "op": Column("1", "which of the writer's operations it was, from 1"),
-        "offset": Column("B", "offset of its page in the guest's main RAM block"),
-        "start_ns": Column("ns", "when it began, by the guest's clock, which has its own zero"),
-        "latency_ns": Column("ns", "how long it took, by the same clock"),
-    },
-    "threads": {
-        "window": Column(
-            "",
-            "`before`: from a second before the request; `during`: request until completion, of an "
-            "ordinary migration until the guest runs on",
-        ),
-        "thread": Column(
-            "",
-            "`vCPU` and its index, `main loop`, `snapshot thread`, `fault thread`, QEMU's own name "
-            "of any other; `ended`: all threads that ended, after the last look at each",
-        ),
-        "tid": Column("", "the host's id of the thread; NA for `ended`"),
-        "cpu_ns": Column("ns", "CPU time"),
-        "wait_ns": Column("ns", "how long it could have run and waited for a CPU; NA for `ended`"),
-        "window_ns": Column("ns", "length of the window"),
-    },
-    "host_memory": {
-        "reading": Column(
-            "", "`before`: before the baseline; `after`: after progress was recorded to its end"
-        ),
-        "t_ns": Column("ns", "CLOCK_MONOTONIC at its beginning"),
-        "resident_bytes": Column("B", "memory that is mapped in the QEMU process"),
-        "huge_bytes": Column(
-            "B", "how much of it is transparent huge pages that are mapped as such"
-        ),
-        "thp_split_pmd": Column(
-            "1", "how often the mapping of a huge page was split, on the host since it booted"
-        ),
-        "thp_split_page": Column("1", "how often a huge page itself was split, likewise"),
-        "page_cache_bytes": Column("B", "the host's page cache, with tmpfs and shared memory"),
-        "dirty_bytes": Column("B", "what of it has yet to be written"),
-    },
-    "phases": {
-        "phase": Column("", "name of the phase, by the engine"),
-        "start_ns": Column("ns", "CLOCK_MONOTONIC at its start"),
-        "end_ns": Column("ns", "CLOCK_MONOTONIC at its end"),
-        "duration_ns": Column("ns", "end_ns - start_ns"),
-    },
-    "floor": {
-        "block": Column("1", "place of the block in its run, from 0; a block is one process"),
-        "benchmark": Column("", "what was measured: arm, unprotect, fault, copy, scan or write"),
-        "variant": Column("", "in which way"),
-        "stage": Column("", "which step of it was timed"),
-        "ram_kind": Column("", "kind of memory; NA for a file"),
-        "target": Column(
-            "", "where a file was written: `image-dir` or `tmpfs` (/dev/shm); NA for memory"
-        ),
-        "pages": Column("pages", "4 KiB pages that the step handled"),
-        "busy_threads": Column("1", "threads that computed meanwhile in the same process"),
-        "sample": Column("1", "place of the sample among those of its block and stage, from 0"),
-        "value_ns": Column(
-            "ns", "how long the step took; negative where the first of two instants came later"
-        ),
-    },
-}
-
-SUMMARY_FIELDS: dict[str, Column] = {
-    "method": Column("", "how the snapshot was taken"),
-    "engine": Column("", "snapshot engine inside QEMU; null for ordinary migration"),
-    "accel": Column("", "accelerator that ran the guest"),
-    "guest": Column("", "what ran in it: linux, or micro, the microguest"),
-    "outcome": Column(
-        "",
-        "ok, failed (the snapshot was not taken) or undecided (taken, but the figures or the "
-        "check are not trusted)",
-    ),
-    "ram_mib": Column("MiB", "guest RAM"),
-    "wss_mib": Column("MiB", "working set the guest writes to"),
-    "vcpus": Column("1", "virtual CPUs"),
-    "workload": Column("", "what the guest runs"),
-    "rate_ops_per_s": Column(
-        "1/s", "operations that the guest was to do in a second; 0: as many as it could"
-    ),
-    "disk": Column("", "scratch disk that the guest uses: none, ide, virtio or scsi"),
-    "disk_cache": Column("", "its cache mode in QEMU; null without a disk, like the next two"),
-    "disk_aio": Column("", "who does its I/O: QEMU's threads, or the kernel (native)"),
-    "disk_iothread": Column("", "whether a thread of its own serves it"),
-    "net": Column("", "whether the guest exchanges packets over a virtio network card"),
-    "vnc": Column("", "whether the guest draws on a screen that is served by VNC"),
-    "balloon": Column("", "whether the guest has a virtio balloon"),
-    "storage_mib_per_s": Column(
-        "MiB/s", "the image was written no faster than this; 0: as fast as the disk went"
-    ),
-    "setup_ms": Column("ms", "request until the VM is stopped, guest running: preparation"),
-    "pause_ms": Column("ms", "VM stopped: QEMU's STOP event until its RESUME event"),
-    "duration_ms": Column("ms", "request until QEMU reports the migration completed"),
-    "image_bytes": Column("B", "size of the image file"),
-    "baseline_ops_per_s": Column(
-        "1/s", "guest operations a second in the second before the request"
-    ),
-    "lost_work_ms": Column(
-        "ms", "work the guest did not do between request and back, in time at its baseline rate"
-    ),
-    "min_rate_50ms": Column(
-        "1", "lowest rate over any 50 ms between request and completion, as a share of the baseline"
-    ),
-    "faults": Column(
-        "1", "write faults on protected pages that the handler read; null where nothing logs them"
-    ),
-    "fault_p50_us": Column(
-        "us", "median of latency_ns over the faults that their reader saw released"
-    ),
-    "fault_p99_us": Column("us", "99 % quantile of the same"),
-    "fault_max_us": Column("us", "largest of the same"),
-    "known_faults_logged": Column(
-        "1",
-        "write faults in the log that the lab itself made, to compare with the `known_faults` of "
-        "the scenario; null when none were asked for",
-    ),
-    "pages_copied": Column(
-        "1", "pages that the fault thread copied aside; null where QEMU does not count them"
-    ),
-    "buffer_max_bytes": Column("B", "the most that was in the copy buffer; null likewise"),
-    "buffer_waits": Column(
-        "1", "how often faults had to wait because the copy buffer was full; null likewise"
-    ),
-    "stalls": Column(
-        "1",
-        "guest operations between request and completion that took longer than 4 us by the "
-        "guest's clock; null unless the guest timed them",
-    ),
-    "stall_sum_ms": Column("ms", "all of these together, summed over the guest's writers"),
-    "stall_p50_us": Column("us", "median of them"),
-    "stall_p99_us": Column("us", "99 % quantile of the same"),
-    "stall_p999_us": Column("us", "99.9 % quantile of the same"),
-    "stall_max_us": Column("us", "longest of the same"),
-    "qemu_cpu_ms": Column(
-        "ms",
-        "CPU time of QEMU's threads other than vCPUs, in the window `during` of the threads; null "
-        "when nobody looked at them",
-    ),
-    "vcpu_wait_ms": Column(
-        "ms",
-        "how long vCPUs could have run and waited for a CPU of the host meanwhile, summed over "
-        "vCPUs; null likewise",
-    ),
-    "rss_growth_mib": Column(
-        "MiB",
-        "memory mapped in the QEMU process, after against before; null when nobody read it, like "
-        "the next three",
-    ),
-    "thp_lost_mib": Column("MiB", "transparent huge pages mapped in it, before against after"),
-    "thp_splits": Column(
-        "1", "mappings of huge pages that were split between the readings, on the whole host"
-    ),
-    "page_cache_growth_mib": Column(
-        "MiB", "the host's page cache with tmpfs and shared memory, after against before"
-    ),
-    "rebuild_ms": Column(
-        "ms",
-        "how long it took to put guest RAM into huge pages again, guest running; null unless asked "
-        "for, like the next three",
-    ),
-    "rebuilt_mib": Column("MiB", "huge pages mapped in QEMU, after that against before"),
-    "rate_before_rebuild": Column(
-        "1", "rate in the second before it, after all else was recorded, as a share of the baseline"
-    ),
-    "rate_after_rebuild": Column("1", "rate in the second after it, likewise"),
-    "verified": Column(
-        "",
-        "byte equality of every RAM block with the pause instant, in an untimed snapshot of "
-        "the same boot; null when not asked for",
-    ),
-    "max_gap_ms": Column(
-        "ms",
-        "longest time between request and back without a completed operation, as the samples "
-        "prove it",
-    ),
-    "recovery_ms": Column("ms", "completion until back"),
-    "back_capped": Column(
-        "",
-        "true when the old rate was not seen again before the recording ended: lost_work_ms "
-        "and recovery_ms are then lower bounds",
-    ),
-    "reason": Column("", "why the outcome is not ok; null when it is"),
-}
-
-DEVICES = ("disk", "disk_cache", "disk_aio", "disk_iothread", "net", "vnc", "balloon")
-DIMENSIONS = ("method", "engine", "accel", "ram_mib", "wss_mib", "vcpus", "workload")
-METRICS = (
-    "setup_ms",
-    "pause_ms",
-    "duration_ms",
-    "image_bytes",
-    "baseline_ops_per_s",
-    "lost_work_ms",
-    "min_rate_50ms",
-    "max_gap_ms",
-    "recovery_ms",
-    "faults",
-    "fault_p50_us",
-    "fault_p99_us",
-    "fault_max_us",
-    "known_faults_logged",
-    "pages_copied",
-    "buffer_max_bytes",
-    "buffer_waits",
-    "stalls",
-    "stall_sum_ms",
-    "stall_p50_us",
-    "stall_p99_us",
-    "stall_p999_us",
-    "stall_max_us",
-    "qemu_cpu_ms",
-    "vcpu_wait_ms",
-    "rss_growth_mib",
-    "thp_lost_mib",
-    "thp_splits",
-    "page_cache_growth_mib",
-    "rebuild_ms",
-    "rebuilt_mib",
-    "rate_before_rebuild",
-    "rate_after_rebuild",
-)
 
 Ns = npt.NDArray[np.int64]
 
@@ -473,19 +194,20 @@ def slowdown(progress: pd.DataFrame, *, request_ns: int, end_ns: int) -> Slowdow
 def with_marks(
     table: pd.DataFrame,
     *,
-    method: str,
+    case: Mapping[str, Any],
     request_ns: int | None,
     stop_ns: int | None,
     resume_ns: int | None,
     end_ns: int | None,
 ) -> pd.DataFrame:
-    """`table` with the snapshot it is of in its `attrs`: `method` and the instants in ns.
+    """`table` with the snapshot it is of in its `attrs`: `case`, which is its method and its values
+    of what a run set varied, and the instants in ns.
 
     The columns stay what is stored; figures of one snapshot's table read the rest from there.
     """
     marked = table.copy(deep=False)
     marked.attrs = {
-        "method": method,
+        "case": dict(case),
         "request_ns": request_ns,
         "stop_ns": stop_ns,
         "resume_ns": resume_ns,
@@ -548,30 +270,71 @@ def fault_summary(faults: pd.DataFrame | None) -> dict[str, float | int | None]:
     return result
 
 
+def case_columns(frame: pd.DataFrame) -> list[str]:
+    """The columns that say what case a row of a table is of."""
+    names = (str(name) for name in frame.columns if name != "run")
+    return list(takewhile(DIMENSIONS.__contains__, names))
+
+
+def by_case(
+    frame: pd.DataFrame, columns: Sequence[str] | None = None
+) -> list[tuple[dict[str, Any], pd.DataFrame]]:
+    """The cases in a table and their rows, in the order of the dimensions: methods first.
+
+    :param columns: tell only these apart; by default `case_columns` of the table.
+    """
+    names = case_columns(frame) if columns is None else list(columns)
+    if not names or frame.empty:
+        return [({}, frame)] if len(frame) else []
+    grouped = frame.groupby(names, sort=False, dropna=False, observed=True)
+    found = [(dict(zip(names, map(python_value, key), strict=True)), part) for key, part in grouped]
+    return sorted(found, key=lambda one: case_place(one[0]))
+
+
+def python_value(value: Any) -> Any:
+    """A value of a column as what it was before: pandas has its own of None and of numbers."""
+    if pd.isna(value):
+        return None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def case_place(case: Mapping[str, Any]) -> list[tuple[int, Any]]:
+    """A key that sorts cases by their dimensions, as they are in the case."""
+    return [DIMENSIONS[name].place(value) for name, value in case.items()]
+
+
+def case_label(case: Mapping[str, Any]) -> str:
+    """What a legend calls a case: its method, and what was varied by name."""
+    named = {name: DIMENSIONS[name].shown(value) for name, value in case.items()}
+    method = [named.pop("method")] if "method" in named else []
+    return ", ".join([*method, *(f"{name}={value}" for name, value in named.items())])
+
+
+def _case_of(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(["method", *(name for run in runs for name in run.varied)]))
+
+
 def df_runs(runs: Iterable[Run]) -> pd.DataFrame:
     """One row a run.
 
-    Columns: run, case, round, order, warmup, then the summary line (`SUMMARY_FIELDS`), then what
-    the run set varied, as far as it is not in the summary line.  Rows in the order they were
-    measured.
+    Columns: run, its case, round, order, warmup, and the rest of the summary line
+    (`lab.columns.SUMMARY_FIELDS`).  Rows in the order they were measured.
     """
     runs = list(runs)
     rows = [
         {
             "run": run.name,
-            "case": run.case,
             "round": run.record.round,
             "order": run.record.order,
             "warmup": run.record.warmup,
         }
         | {field: run.summary.get(field) for field in SUMMARY_FIELDS}
-        | {"method": run.record.method, "outcome": run.record.outcome, "reason": run.record.reason}
-        | run.dimensions
+        | {"outcome": run.record.outcome, "reason": run.record.reason}
+        | run.case_values
         for run in runs
     ]
-    columns = ["run", "case", "round", "order", "warmup", *SUMMARY_FIELDS]
-    columns += dict.fromkeys(n for run in runs for n in run.varied if n not in SUMMARY_FIELDS)
-    frame = pd.DataFrame(rows, columns=columns)
+    columns = dict.fromkeys(["run", *_case_of(runs), "round", "order", "warmup", *SUMMARY_FIELDS])
+    frame = pd.DataFrame(rows, columns=list(columns))
     for metric in METRICS:
         frame[metric] = pd.to_numeric(frame[metric])
     return frame.sort_values("order", kind="stable", ignore_index=True)
@@ -580,12 +343,12 @@ def df_runs(runs: Iterable[Run]) -> pd.DataFrame:
 def df_faults_by_method(runs: Iterable[Run]) -> pd.DataFrame:
     """Faults of several runs below each other.
 
-    Columns: run, method (the case, in a set that varied more), latency_us (handler's side, NA when
-    another thread released the page), ms (read, since the request), resolver and queue_depth.  Runs
-    without a fault log are left out: their faults are unknown, not zero.
+    Columns: run, its case, latency_us (handler's side, NA when another thread released the page),
+    ms (read, since the request), resolver and queue_depth.  Runs without a fault log are left out:
+    their faults are unknown, not zero.
     """
     parts = []
-    for run in runs:
+    for run in (runs := list(runs)):
         if not run.has("faults"):
             continue
         faults = run.df_faults()
@@ -594,7 +357,7 @@ def df_faults_by_method(runs: Iterable[Run]) -> pd.DataFrame:
             pd.DataFrame(
                 {
                     "run": run.name,
-                    "method": run.case,
+                    **run.case_values,
                     "latency_us": latency.where(faults["released_ns"] > 0),
                     "ms": (faults["read_ns"] - (run.record.marks.request_ns or 0)) / NS_PER_MS,
                     "resolver": faults["resolver"].astype(str),
@@ -603,17 +366,17 @@ def df_faults_by_method(runs: Iterable[Run]) -> pd.DataFrame:
             )
         )
     if not parts:
-        names = ["run", "method", "latency_us", "ms", "resolver", "queue_depth"]
+        names = ["run", *_case_of(runs), "latency_us", "ms", "resolver", "queue_depth"]
         return pd.DataFrame(columns=names)
     return pd.concat(parts, ignore_index=True)
 
 
 def df_phases_by_method(runs: Iterable[Run]) -> pd.DataFrame:
-    """Phases of several runs below each other.  Columns: run, method, phase, start_ms (since
+    """Phases of several runs below each other.  Columns: run, its case, phase, start_ms (since
     the request), duration_ms.
     """
     parts = []
-    for run in runs:
+    for run in (runs := list(runs)):
         if not run.has("phases"):
             continue
         phases = run.df_phases()
@@ -621,7 +384,7 @@ def df_phases_by_method(runs: Iterable[Run]) -> pd.DataFrame:
             pd.DataFrame(
                 {
                     "run": run.name,
-                    "method": run.case,
+                    **run.case_values,
                     "phase": phases["phase"].astype(str),
                     "start_ms": (phases["start_ns"] - (run.record.marks.request_ns or 0))
                     / NS_PER_MS,
@@ -630,18 +393,18 @@ def df_phases_by_method(runs: Iterable[Run]) -> pd.DataFrame:
             )
         )
     if not parts:
-        return pd.DataFrame(columns=["run", "method", "phase", "start_ms", "duration_ms"])
+        return pd.DataFrame(columns=["run", *_case_of(runs), "phase", "start_ms", "duration_ms"])
     return pd.concat(parts, ignore_index=True)
 
 
 def df_write_latency_by_method(runs: Iterable[Run]) -> pd.DataFrame:
     """How long the guest's operations took, of several runs below each other.
 
-    Columns: run, method (or case), window_s (how long that window was) and those of the table
+    Columns: run, its case, window_s (how long that window was) and those of the table
     `write_latency`.  Runs whose guest did not time its operations are left out.
     """
     parts = []
-    for run in runs:
+    for run in (runs := list(runs)):
         if not run.has("write_latency"):
             continue
         marks = run.record.marks
@@ -649,31 +412,29 @@ def df_write_latency_by_method(runs: Iterable[Run]) -> pd.DataFrame:
         table = run.df("write_latency")
         table["window"] = table["window"].astype(str)
         seconds = {"before": BASELINE_NS / NS_PER_S, "during": during_s}
-        table.insert(0, "window_s", table["window"].map(seconds))
-        table.insert(0, "method", run.case)
-        table.insert(0, "run", run.name)
-        parts.append(table)
-    columns = ["run", "method", "window_s", *COLUMNS["write_latency"]]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+        named = table.assign(run=run.name, window_s=table["window"].map(seconds), **run.case_values)
+        parts.append(named)
+    columns = ["run", *_case_of(runs), "window_s", *COLUMNS["write_latency"]]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
 def df_waits_by_method(runs: Iterable[Run]) -> pd.DataFrame:
     """What the guest waited for a page beside what the handler took, fault by fault, of several
     runs below each other.
 
-    Columns: run, method (or case), handler_us (the fault's latency; NaN when another thread
+    Columns: run, its case, handler_us (the fault's latency; NaN when another thread
     released the page) and wait_us (of the operation that faulted).  Runs without both a fault log
     and slow writes are left out, and so is a fault for which the guest noted no operation.
     """
     parts = []
-    for run in runs:
+    for run in (runs := list(runs)):
         if not (run.has("faults") and run.has("slow_writes")):
             continue
         waits = match_faults(run.df("faults"), run.df("slow_writes"))
         us = waits[["latency_ns", "wait_ns"]].astype("Float64").astype(float) / NS_PER_US
         named = us.rename(columns={"latency_ns": "handler_us", "wait_ns": "wait_us"})
-        parts.append(named.assign(run=run.name, method=run.case))
-    columns = ["run", "method", "handler_us", "wait_us"]
+        parts.append(named.assign(run=run.name, **run.case_values))
+    columns = ["run", *_case_of(runs), "handler_us", "wait_us"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
@@ -698,6 +459,6 @@ def match_faults(faults: pd.DataFrame, slow: pd.DataFrame) -> pd.DataFrame:
     return pairs.loc[nearest].drop_duplicates("seq").sort_values("seq", ignore_index=True)
 
 
-def varying(frames: Sequence[Mapping[str, Any]], names: Sequence[str] = DIMENSIONS) -> list[str]:
-    """The dimensions that differ between rows: what a comparison has to name."""
+def varying(frames: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """Those of `names` that differ between rows: what a comparison has to name."""
     return [name for name in names if len({str(row.get(name)) for row in frames}) > 1]

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from hypothesis import settings
 
-from lab import run, tables
+from lab import columns, run, tables
 from lab.measure import Plan
 from lab.scenario import Machine, Workload, to_json
 
@@ -119,7 +119,7 @@ def record_for(method: str, order: int, **changes: Any) -> run.RunRecord:
         "binaries": {"qemu": {"version": "0.0.0", "build_id": "synthetic"}},
         "clocks": {"host": "CLOCK_MONOTONIC"},
         "marks": run.Marks(),
-        "summary": dict.fromkeys(tables.SUMMARY_FIELDS) | {"method": method, "outcome": "ok"},
+        "summary": dict.fromkeys(columns.SUMMARY_FIELDS) | {"method": method, "outcome": "ok"},
         "tables": {},
         "files": [],
         "note": NOTE,
@@ -144,7 +144,7 @@ def append_synthetic(
             "phases": _phases(duration_ms, pause_ms),
         }
     summary = (
-        dict.fromkeys(tables.SUMMARY_FIELDS)
+        dict.fromkeys(columns.SUMMARY_FIELDS)
         | {
             "method": method,
             "engine": engine,

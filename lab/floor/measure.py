@@ -16,6 +16,7 @@ import msgspec
 import pandas as pd
 
 from lab import run
+from lab.columns import COLUMNS
 from lab.errors import HostError, LabError
 from lab.floor.build import Program
 from lab.floor.plan import WORK_MIB, Block, FloorPlan, round_blocks
@@ -27,7 +28,6 @@ from lab.neighbours import neighbours
 from lab.room import require_room
 from lab.sample import filesystem_of, held_back, held_back_warnings
 from lab.scenario import to_json
-from lab.tables import COLUMNS
 from lab.workdir import private_folder
 
 KIND = "floor"

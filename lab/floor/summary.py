@@ -7,12 +7,11 @@ from typing import Any
 
 import pandas as pd
 
+from lab.columns import COLUMNS, three_digits
 from lab.errors import RunError
 from lab.floor.plan import BENCHMARKS, RAM_KINDS, TARGETS, all_blocks
 from lab.run import Run, RunSet
 from lab.stats import median, quantile_interval
-from lab.summary import shown
-from lab.tables import COLUMNS
 
 #: What makes a row of the table of medians.
 KEYS = ("benchmark", "variant", "stage", "ram_kind", "target", "pages", "busy_threads")
@@ -171,7 +170,7 @@ def df_floor_readable(run_set: RunSet) -> pd.DataFrame:
 
 def _number(value: float) -> str:
     # Three significant digits, as in every table of the lab; a sign is possible here.
-    return f"-{shown('', -value)}" if value < 0 else shown("", value)
+    return f"-{three_digits(-value)}" if value < 0 else three_digits(value)
 
 
 def _with_range(middle: float, low: float, high: float) -> str:

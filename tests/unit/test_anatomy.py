@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -48,11 +49,11 @@ def test_a_fault_nobody_queued_has_no_such_stage() -> None:
 
 def test_sizes_that_a_set_gave_the_engine_are_those_of_its_floor(floor: run.RunSet) -> None:
     table = anatomy.df_against_floor(run.load_set(DATA / "engine-chunk"), floor)
-    release = table[table["step"] == "release all of RAM"].set_index("method")["floor_high_ms"]
-    larger, default = (release[f"live, chunk_kib={kib}"] for kib in (8192, 2048))
+    release = table[table["step"] == "release all of RAM"].set_index("chunk_kib")["floor_high_ms"]
+    larger, default = release[8192], release[2048]
     assert larger < default
     # 128 pages is a size that the floor has not timed.
-    assert math.isnan(float(release["live, chunk_kib=512"]))
+    assert math.isnan(float(release[512]))
 
 
 def test_quantiles_of_stages_are_medians_over_boots() -> None:
@@ -172,11 +173,10 @@ def test_the_figures_show_every_engine_that_says_something(make_synthetic_set: M
 def varied_runs() -> pd.DataFrame:
     rows = [
         {
-            "case": f"live, chunk_kib={kib}",
             "method": "live",
+            "chunk_kib": kib,
             "outcome": "ok",
             "warmup": False,
-            "chunk_kib": kib,
             "lost_work_ms": float(kib + boot - 257),
         }
         for kib in (2048, 256, 512)
@@ -198,7 +198,35 @@ def test_no_limit_is_drawn_beyond_the_highest_one() -> None:
     rows["storage_mib_per_s"] = rows["storage_mib_per_s"].replace(256, 0)
     (ax,) = plots.plot_varied(rows, "storage_mib_per_s", {"lost_work_ms": "lost work"})
     assert [label.get_text() for label in ax.get_xticklabels()] == ["512", "2048", "unlimited"]
-    assert np.asarray(ax.get_lines()[-1].get_ydata()).tolist() == [256.0, 1792.0, 1.0]
+    numbers, no_limit = ax.get_lines()[-2:]
+    assert np.asarray(numbers.get_ydata()).tolist() == [256.0, 1792.0]
+    assert np.asarray(no_limit.get_xdata()).tolist() == [2]
+    assert np.asarray(no_limit.get_ydata()).tolist() == [1.0]
+
+
+def test_what_a_zero_stands_for_is_named_and_no_line_leads_to_it() -> None:
+    """0 pages are as many as the engine chooses, which was drawn as the number 0."""
+    rows = varied_runs().rename(columns={"chunk_kib": "fault_around_pages"})
+    rows["fault_around_pages"] = rows["fault_around_pages"].replace(2048, 0)
+    (ax,) = plots.plot_varied(rows, "fault_around_pages", {"lost_work_ms": "lost work"})
+    names = [label.get_text() for label in ax.get_xticklabels()]
+    assert names == ["automatic", "256", "512"]
+    numbers, automatic = ax.get_lines()[-2:]
+    assert np.asarray(numbers.get_xdata()).tolist() == [1, 2]
+    assert np.asarray(automatic.get_xdata()).tolist() == [0]
+    assert ax.get_xlabel() == "taken along with a fault, pages"
+
+
+@pytest.mark.parametrize("dtype", ["object", "str", "category"])
+def test_the_order_of_values_is_the_dimensions_whatever_pandas_keeps_them_as(dtype: Any) -> None:
+    rows = varied_runs().rename(columns={"chunk_kib": "ram_kind"})
+    kinds = {2048: "hugetlb", 256: "memfd", 512: "anon"}
+    rows["ram_kind"] = rows["ram_kind"].map(kinds).astype(dtype)
+    (ax,) = plots.plot_varied(rows, "ram_kind", {"lost_work_ms": "lost work"})
+    names = [label.get_text() for label in ax.get_xticklabels()]
+    assert names == ["anon", "memfd", "hugetlb"]
+    # Nothing lies between two kinds of RAM.
+    assert {line.get_linestyle() for line in ax.get_lines()} == {"None"}
 
 
 def test_what_is_measured_is_drawn_against_a_number_on_log_scales() -> None:
@@ -220,7 +248,7 @@ def test_tables_of_a_set_that_varied_nothing_have_no_more_columns(
 ) -> None:
     made = make_synthetic_set()
     frame = tables.df_runs(made)
-    assert list(frame["case"]) == list(frame["method"])
+    assert tables.case_columns(frame) == made.case_columns == ["method"]
     assert "chunk_kib" not in frame
 
 
@@ -236,13 +264,13 @@ def test_what_a_set_varied_is_drawn_in_the_units_that_the_titles_name() -> None:
         assert scale[0] < heights.min() < heights.max() < scale[1]
 
 
-def test_combinations_of_what_a_set_varied_get_a_line_each() -> None:
+def test_combinations_of_what_a_set_varied_get_a_look_each() -> None:
     recorded = run.load_set(DATA / "ram-kinds")
-    axes = figures.varied_figure(recorded, "ram_kind", ["pause_ms"], by=("method", "accel"))
+    axes = figures.varied_figure(recorded, "ram_kind", ["pause_ms"])
     legend = axes[0].get_legend()
     assert legend is not None
     names = [text.get_text() for text in legend.get_texts()]
-    assert names == ["background, kvm", "background, tcg", "live, kvm", "live, tcg"]
+    assert names == [f"{m}, accel={a}" for m in ("live", "background") for a in ("tcg", "kvm")]
 
 
 def test_the_wait_of_the_guest_is_drawn_beside_the_handlers_part_of_it() -> None:
@@ -250,9 +278,9 @@ def test_the_wait_of_the_guest_is_drawn_beside_the_handlers_part_of_it() -> None
     cases = recorded.cases_with(accel="kvm")
     ax = figures.waits_figure(recorded, cases)
     assert [line.get_linestyle() for line in ax.get_lines()] == ["-", ":"] * len(cases)
-    colours = [line.get_color() for line in ax.get_lines()]
-    assert colours[::2] == colours[1::2]
-    assert len(set(colours)) == len(cases)
+    looks = [(line.get_color(), line.get_alpha()) for line in ax.get_lines()]
+    assert looks[::2] == looks[1::2]
+    assert len(set(looks)) == len(cases)
     waits = tables.df_waits_by_method(recorded.measured())
     # Nearly every fault has the guest's own word, who waits longer than the handler works.
     logged = sum(int(one.df("faults")["vcpu"].notna().sum()) for one in recorded.measured())

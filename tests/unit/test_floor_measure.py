@@ -11,6 +11,7 @@ import pytest
 import lab.__main__ as command_line
 import lab.host
 from lab import figures, plots, run
+from lab.columns import COLUMNS
 from lab.errors import LabError, RunError
 from lab.floor import measure as floor_measure
 from lab.floor.build import ensure_program
@@ -22,7 +23,6 @@ from lab.measure import Ground, plan_of
 from lab.probe import UffdProbe, probe_uffd
 from lab.report import render_report
 from lab.summary import sides
-from lab.tables import COLUMNS
 
 needs_uffd = pytest.mark.skipif(not probe_uffd().usable, reason="userfaultfd is not permitted")
 SMALL = ["--mib", "8", "--write-mib", "8", "--samples", "7"]

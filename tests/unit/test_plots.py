@@ -1,19 +1,31 @@
 """Figures draw what they are given.  What is checked is the data on the axes, never pixels."""
 
-from collections.abc import Callable, Iterator
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 import lab
 from lab import figures, plots, run, tables
 from lab.errors import UsageError
-from lab.scenario import METHODS
+from lab.scenario import DIMENSIONS, METHODS
 
 MakeSet = Callable[..., run.RunSet]
+DATA = Path(__file__).resolve().parents[2] / "data"
+_LIST = (DATA / "README.md").read_text(encoding="utf-8").split("\n## The sets\n")[1]
+SETS = [
+    name
+    for name in re.findall(r"^\| `([\w-]+)` \|", _LIST.split("\n## ")[0], re.MULTILINE)
+    if run.load_set(DATA / name, verify=False).kind != "floor"
+]
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +38,7 @@ def _no_window() -> Iterator[None]:
 
 def test_methods_have_colours_and_markers_of_their_own() -> None:
     assert len({(plots.colour(m), plots.marker(m)) for m in METHODS}) == len(METHODS)
-    assert len({(plots.colour(m), plots.line_style(m)) for m in METHODS}) == len(METHODS)
+    assert len({(plots.colour(m), plots.dashes(m)) for m in METHODS}) == len(METHODS)
     assert plots.colour("of-another-lab") == plots.colour("of-another-lab")
 
 
@@ -90,6 +102,7 @@ def test_slowdown_is_drawn_from_progress_tables_alone(make_synthetic_set: MakeSe
     other = made.measured("migrate-to-file")[0]
     ax = lab.plot_slowdown(first.df_progress(), second.df_progress(), other.df_progress())
     labels = ["live-rfc", "live-rfc (2)", "migrate-to-file"]
+    assert [line.get_label() for line in ax.get_lines() if line.get_label() in labels] == labels
     assert ax.get_legend_handles_labels()[1] == labels
     drawn = {line.get_label(): line for line in ax.get_lines()}
     assert drawn["live-rfc"].get_color() == drawn["live-rfc (2)"].get_color()
@@ -148,7 +161,14 @@ def test_lost_work_below_zero_is_shown_and_not_dropped(make_synthetic_set: MakeS
 def test_the_stamp_says_boots_accelerator_host_and_build(make_synthetic_set: MakeSet) -> None:
     made = make_synthetic_set(repeats=3)
     text = plots.stamp_text(made)
-    for part in ("n=3 boots", "tcg", "128 MiB RAM", "made up", "0.0.0 (synthetic)", made.name):
+    for part in (
+        "n=3 boots per method",
+        "tcg",
+        "128 MiB RAM",
+        "made up",
+        "0.0.0 (synthetic)",
+        made.name,
+    ):
         assert part in text
     ax = plots.stamp(plots.plot_cost(tables.df_runs(made))[0], text)
     figure = ax.get_figure()
@@ -216,20 +236,26 @@ def test_lost_work_is_set_against_a_guest_that_stood_still(make_synthetic_set: M
     assert sum(len(np.asarray(one.get_xdata())) for one in points) == 3 * len(points)
 
 
-def test_boots_of_one_method_have_a_colour_each(make_synthetic_set: MakeSet) -> None:
+def test_of_the_boots_of_one_method_the_one_of_median_duration_is_thick(
+    make_synthetic_set: MakeSet,
+) -> None:
     made = make_synthetic_set(repeats=3)
     ax = figures.slowdown_boots_figure(made, "background")
-    labelled = {line.get_label(): line.get_color() for line in ax.get_lines()}
-    colours = [labelled[name] for name in ("background", "background (2)", "background (3)")]
-    assert len(set(colours)) == 3
+    drawn = {line.get_label(): line for line in ax.get_lines()}
+    boots = [drawn[one.name] for one in made.measured("background")]
+    assert {line.get_color() for line in boots} == {plots.colour("background")}
+    widest = max(boots, key=lambda line: line.get_linewidth())
+    assert widest.get_label() == figures.typical_run(made, "background").name
+    assert sorted(line.get_linewidth() for line in boots)[1] < widest.get_linewidth()
 
 
 def test_a_legend_of_many_long_names_leaves_the_axes_their_room() -> None:
     """Found in the report on a set of 16 cases: the legend hid the curves."""
-    names = [f"live, parameter_{k}=yes, another_parameter=no, and_one_more=no" for k in range(16)]
     phases = pd.DataFrame(
         {
-            "method": [name for name in names for _ in range(2)],
+            "method": "live-inline-mapped",
+            "rate_ops_per_s": [1000 * k for k in range(16) for _ in range(2)],
+            "rebuild_huge_pages": False,
             "run": [f"{k:03d}" for k in range(16) for _ in range(2)],
             "phase": pd.Categorical(["stop", "sweep"] * 16),
             "start_ms": [0.0, 1.0] * 16,
@@ -249,7 +275,110 @@ def test_a_legend_of_many_long_names_leaves_the_axes_their_room() -> None:
     assert axes_box.height > 200
 
 
-def test_cases_of_one_figure_never_share_a_colour_and_methods_keep_theirs() -> None:
-    cases = [f"{method}, accel={accel}" for method in ("live", "live-rfc") for accel in "ab"]
-    assert len(set(plots.case_colours(cases).values())) == len(cases)
-    assert plots.case_colours(["live-rfc", "live"])["live"] == plots.colour("live")
+CASES: dict[str, tuple[Any, ...]] = {
+    "method": tuple(METHODS),
+    "accel": ("tcg", "kvm"),
+    "ram_kind": ("anon", "memfd", "file", "hugetlb"),
+}
+
+
+@pytest.mark.parametrize("names", [("method",), ("method", "accel"), tuple(CASES)], ids="+".join)
+@pytest.mark.parametrize("with_dashes", [True, False], ids=["dashes", "strength"])
+def test_cases_have_their_methods_colour_and_marker_and_no_two_are_alike(
+    names: tuple[str, ...], *, with_dashes: bool
+) -> None:
+    values = itertools.product(*(CASES[name] for name in names))
+    cases = [dict(zip(names, each, strict=True)) for each in values]
+    styles = plots.case_styles(cases, with_dashes=with_dashes)
+    for case, style in zip(cases, styles, strict=True):
+        assert (style.colour, style.marker) == (
+            plots.colour(case["method"]),
+            plots.marker(case["method"]),
+        )
+    looks = {(s.colour, s.marker, s.dashes, s.strength) for s in styles}
+    assert len(looks) == len(cases)
+
+
+def test_the_look_of_a_case_follows_the_order_of_its_values_and_not_that_of_the_rows() -> None:
+    cases = [{"method": "live", "ram_mib": mib} for mib in (4096, 512, 1024)]
+    looks = [plots.case_styles(order) for order in (cases, cases[::-1])]
+    assert looks[0] == looks[1][::-1]
+    by_ram = dict(zip((4096, 512, 1024), looks[0], strict=True))
+    assert by_ram[512].dashes == plots.dashes("live", 0)
+    assert by_ram[4096].dashes == plots.dashes("live", 2)
+
+
+def method_of(label: object) -> str | None:
+    """The method that a legend or an axis names."""
+    found = str(label).split(", ")[0].split(" (")[0]
+    return found if found in METHODS else None
+
+
+def looks_of(axes: Sequence[Axes]) -> Iterator[tuple[str, str, str]]:
+    """Method, colour and marker of each line that a legend or an axis gives to a method."""
+    for ax in axes:
+        for line in ax.get_lines():
+            if method := method_of(line.get_label()):
+                yield method, str(line.get_color()), str(line.get_marker())
+        rows = [method_of(label.get_text()) for label in ax.get_yticklabels()]
+        for line in ax.get_lines() if any(rows) else ():
+            heights = np.asarray(line.get_ydata())
+            row = round(float(heights.mean())) if len(heights) else -1
+            if line.get_transform() == ax.transData and 0 <= row < len(rows) and rows[row]:
+                yield str(rows[row]), str(line.get_color()), str(line.get_marker())
+
+
+def every_figure(recorded: run.RunSet) -> Iterator[list[Axes]]:
+    """The standard figures that a set has data for, and those of what it varied."""
+    have = figures.available(recorded)
+    yield figures.cost_figure(recorded)
+    yield [figures.lost_work_figure(recorded)]
+    if have["slowdown"]:
+        yield [figures.slowdown_figure(recorded)]
+    if have["faults"]:
+        yield [figures.faults_figure(recorded)]
+        yield [figures.depth_figure(recorded)]
+        yield figures.stages_figure(recorded)
+    if have["phases"]:
+        yield [figures.phase_times_figure(recorded)]
+    if have["stalls"]:
+        yield [figures.stalls_figure(recorded)]
+    if have["waits"]:
+        yield [figures.waits_figure(recorded)]
+    for name in recorded.varied:
+        yield figures.varied_figure(recorded, name, ["pause_ms", "duration_ms"])
+        if not DIMENSIONS[name].order:
+            yield figures.against_figure(recorded, name, ["pause_ms", "duration_ms"])
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_method_keeps_its_colour_and_marker_in_every_figure_of_every_set(name: str) -> None:
+    recorded = run.load_set(DATA / name)
+    seen = set()
+    for axes in every_figure(recorded):
+        found = list(looks_of(axes))
+        for method, shade, shape in found:
+            assert shade == plots.colour(method), (method, axes[0].get_title())
+            # Lines have none, or `_` at their medians.
+            assert shape in (plots.marker(method), "None", "_"), (method, axes[0].get_title())
+        seen |= {method for method, _, _ in found}
+        plt.close("all")
+    assert seen == set(recorded.methods)
+
+
+def test_a_figure_of_one_boot_per_method_says_so(make_synthetic_set: MakeSet) -> None:
+    """Its stamp said "n=3 boots", of which it showed one."""
+    made = make_synthetic_set(repeats=3)
+    figure = figures.slowdown_figure(made).get_figure()
+    assert figure is not None
+    assert "n=1 of 3 boots per method" in figure.get_supxlabel()
+    every = figures.slowdown_boots_figure(made, "background").get_figure()
+    assert every is not None
+    assert "n=3 boots per method" in every.get_supxlabel()
+
+
+def test_an_idle_guest_has_no_working_set_in_the_stamp() -> None:
+    """It was "idle None MiB"."""
+    text = plots.stamp_text(run.load_set(DATA / "known-faults"))
+    assert "idle |" in text
+    assert "None" not in text

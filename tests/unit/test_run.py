@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lab import run, tables
+from lab import columns, run, tables
 from lab.errors import HostError, RunError
 
 GOLDEN = Path(__file__).parent / "data" / "synthetic-run-set-schema-1"
@@ -37,7 +37,7 @@ def test_a_set_comes_back_as_it_was_written(make_synthetic_set: MakeSet) -> None
 def test_every_stored_column_is_documented(make_synthetic_set: MakeSet) -> None:
     for made in make_synthetic_set():
         for name, table in made.record.tables.items():
-            assert [c.name for c in table.columns] == list(tables.COLUMNS[name])
+            assert [c.name for c in table.columns] == list(columns.COLUMNS[name])
             assert all(c.doc for c in table.columns)
 
 
@@ -221,7 +221,7 @@ def test_the_record_says_what_the_columns_of_its_tables_are() -> None:
         "name": "read_ns",
         "dtype": "int64",
         "unit": "ns",
-        "doc": tables.COLUMNS["faults"]["read_ns"].doc,
+        "doc": columns.COLUMNS["faults"]["read_ns"].doc,
     }
     assert msgspec.convert(document, run.RunRecord).method == "live-rfc"
 

@@ -9,9 +9,9 @@ import pytest
 
 from lab import run, summary
 from lab.__main__ import main
+from lab.columns import METRICS, SUMMARY_FIELDS
 from lab.errors import RunError
 from lab.report import render_report
-from lab.tables import METRICS, SUMMARY_FIELDS
 
 MakeSet = Callable[..., run.RunSet]
 MakeRecord = Callable[..., run.RunRecord]
@@ -55,13 +55,14 @@ def test_failed_runs_are_counted_and_do_not_count(
     ],
 )
 def test_values_are_shown_with_three_digits(metric: str, value: float | None, text: str) -> None:
-    assert summary.shown(metric, value) == text
+    assert METRICS[metric].shown(value) == text
 
 
 def test_every_metric_has_a_heading_and_a_definition() -> None:
-    for metric in METRICS:
-        assert summary.heading(metric) != metric or metric == "faults"
-        assert metric in SUMMARY_FIELDS
+    for name, metric in METRICS.items():
+        assert metric.title != name or name == "faults"
+        assert metric.doc
+        assert SUMMARY_FIELDS[name] is metric
     assert set(summary.definitions()["field"]) == set(SUMMARY_FIELDS)
 
 

@@ -206,7 +206,7 @@ def test_no_fault_log_is_unknown_and_no_faults_is_none() -> None:
 
 def test_varying_names_only_dimensions_that_differ() -> None:
     rows = [{"method": "a", "ram_mib": 1024}, {"method": "b", "ram_mib": 1024}]
-    assert tables.varying(rows) == ["method"]
+    assert tables.varying(rows, ["method", "accel", "ram_mib"]) == ["method"]
 
 
 def test_a_fault_is_matched_to_the_slow_write_on_its_page_that_is_nearest_in_time() -> None:

@@ -8,11 +8,11 @@ import psutil
 import pytest
 
 import lab
+from lab.columns import COLUMNS
 from lab.errors import HostError
 from lab.hugepages import rebuild_huge_pages, require_rebuild
 from lab.sample import take_sample
 from lab.scenario import Instruments, Scenario, to_json
-from lab.tables import COLUMNS
 
 pytestmark = [
     pytest.mark.vm,

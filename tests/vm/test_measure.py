@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from lab import notebooks, run, tables
+from lab.columns import COLUMNS, METRICS, SUMMARY_FIELDS
 from lab.measure import Plan, measure, survey
 from lab.scenario import METHODS, Machine, Workload
-from lab.tables import COLUMNS, METRICS, SUMMARY_FIELDS
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg")]
 
