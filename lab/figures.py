@@ -117,7 +117,8 @@ def slowdown_boots_figure(
     ax = plot_slowdown(*boots, labels=[run.name for run in runs], bin_ms=bin_ms, thick=thick, ax=ax)
     longest = max((float(run.summary.get("duration_ms") or 0) for run in runs), default=0.0)
     ax.set_xlim(-0.05 * longest - 10, 1.1 * longest + 40)
-    ax.set_title(f"{case}: every boot (bars: VM paused)", pad=8 + 6 * len(runs))
+    name = tables.case_label(typical_run(run_set, case).case_values)
+    ax.set_title(f"{name}: every boot (bars: VM paused)", pad=8 + 6 * len(runs))
     return plots.stamp(ax, plots.stamp_text(run_set, [case]))
 
 

@@ -221,23 +221,9 @@ def _table(block: Block, place: int, output: Output) -> pd.DataFrame:
     return table
 
 
-_TYPES = {
-    "block": "int32",
-    "benchmark": "category",
-    "variant": "category",
-    "stage": "category",
-    "ram_kind": "category",
-    "target": "category",
-    "pages": "int32",
-    "busy_threads": "int32",
-    "sample": "int32",
-    "value_ns": "int64",
-}
-
-
 def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
     columns = list(COLUMNS[KIND])
     joined = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
     # By stage, which packs better than one sample of each stage after the other.
     joined = joined.sort_values(["block", "stage", "sample"], kind="stable", ignore_index=True)
-    return joined[columns].astype(_TYPES)
+    return joined[columns].astype({column.name: column.dtype for column in COLUMNS[KIND].values()})

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lab import columns
 from lab.hostmem import Residency, process_residency
 
 READINGS = ("before", "after")
@@ -25,11 +26,7 @@ READINGS = ("before", "after")
 _MIB = 1 << 20
 _VMSTAT = ("thp_split_pmd", "thp_split_page")
 _MEMINFO = {"Cached": "page_cache_bytes", "Dirty": "dirty_bytes"}
-COLUMNS = (
-    *("reading", "t_ns", "resident_bytes", "huge_bytes"),
-    *_VMSTAT,
-    *_MEMINFO.values(),
-)
+COLUMNS = tuple(columns.COLUMNS["host_memory"])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-COLUMNS = ("phase", "start_ns", "end_ns", "duration_ns")
+from lab import columns
+
+COLUMNS = tuple(columns.COLUMNS["phases"])
 
 
 def df_phases(query_migrate: Mapping[str, Any]) -> pd.DataFrame:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from lab import columns
 from lab.errors import GuestError, HostError
 from lab.guest.protocol import PROGRESS_OPS, PROGRESS_OPS_STRIDE
 from lab.hostmem import RemoteWindow
@@ -26,7 +27,7 @@ from lab.hostmem import RemoteWindow
 log = logging.getLogger(__name__)
 
 INTERVAL_NS = 1_000_000
-COLUMNS = ("t_ns", "ops", "read_ns")
+COLUMNS = tuple(columns.COLUMNS["progress"])
 _CHUNK_ROWS = 1 << 14
 _WORD = 8
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from lab import columns
 from lab.errors import GuestError, UsageError
 from lab.guest.protocol import (
     PAGE_BYTES,
@@ -31,7 +32,7 @@ from lab.guest.protocol import (
 if TYPE_CHECKING:
     from lab.vm import VM
 
-COLUMNS = ("thread", "op", "offset", "start_ns", "latency_ns")
+COLUMNS = tuple(columns.COLUMNS["slow_writes"])
 
 
 async def read_slow_writes(vm: "VM") -> pd.DataFrame:

@@ -35,9 +35,11 @@ from typing import Self
 
 import pandas as pd
 
+from lab import columns
+
 log = logging.getLogger(__name__)
 
-COLUMNS = ("window", "thread", "tid", "cpu_ns", "wait_ns", "window_ns")
+COLUMNS = tuple(columns.COLUMNS["threads"])
 
 INTERVAL_NS = 10_000_000
 

@@ -23,11 +23,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from lab import columns
 from lab.errors import GuestError
 from lab.guest.protocol import LATENCY_BUCKETS, PAGE_BYTES, LatencyPage, latency_bounds_ticks
 from lab.hostmem import RemoteWindow
 
-COLUMNS = ("window", "low_ns", "high_ns", "ops")
+COLUMNS = tuple(columns.COLUMNS["write_latency"])
 
 STALL_NS = 4_000
 """An operation that took longer was held up: undisturbed ones take less than a tenth of that."""

@@ -44,7 +44,9 @@ def floor_table(rows: list[dict[str, object]]) -> pd.DataFrame:
     common = {"block": 0, "variant": "sweep", "stage": "call", "ram_kind": "anon-4k"}
     common |= {"target": None, "busy_threads": 0}
     filled = [common | {"sample": k} | row for k, row in enumerate(rows)]
-    return pd.DataFrame(filled)[list(COLUMNS["floor"])].astype(floor_measure._TYPES)
+    return pd.DataFrame(filled)[list(COLUMNS["floor"])].astype(
+        {column.name: column.dtype for column in COLUMNS["floor"].values()}
+    )
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from lab.errors import UsageError
 from lab.scenario import (
     BOOLEAN_DEVICES,
     DEFAULT_CHUNK_KIB,
+    DIMENSIONS,
     METHODS,
     MIN_RAM_MIB,
     Instruments,
@@ -311,3 +312,41 @@ def test_methods_say_which_binary_can_do_them() -> None:
     assert not METHODS["background"].runs_on("patched")
     assert METHODS["stop-and-copy"].runs_on("patched")
     assert METHODS["stop-and-copy"].runs_on("unpatched")
+
+
+def test_the_method_and_every_parameter_are_dimensions_that_put_their_values_in_order() -> None:
+    parts = (Machine(), Workload(), Storage(), Instruments())
+    defaults = {name: value for part in parts for name, value in dimensions(part).items()}
+    del defaults["extra_args"]
+    assert set(DIMENSIONS) == {"method", *defaults}
+    for name, value in defaults.items():
+        one = DIMENSIONS[name]
+        assert one.title
+        assert one.doc
+        assert one.shown(value)
+        if one.order:
+            assert value in one.order
+        else:
+            # A number has a unit, except a seed, which measures nothing.
+            assert one.unit or name == "seed"
+            assert value == 0 or not one.zero
+
+
+def test_a_zero_that_is_no_number_has_a_word_and_a_place_of_its_own() -> None:
+    rate, around, faults = (
+        DIMENSIONS[name] for name in ("rate_ops_per_s", "fault_around_pages", "known_faults")
+    )
+    assert [one.shown(0) for one in (rate, around, faults)] == ["unlimited", "automatic", "none"]
+    assert [one.shown(16) for one in (rate, around, faults)] == ["16"] * 3
+    assert sorted([16, 0, 4], key=rate.place) == [4, 16, 0]
+    assert sorted([16, 0, 4], key=around.place) == [0, 4, 16]
+    assert not rate.is_number(0)
+    assert DIMENSIONS["chunk_kib"].is_number(2048)
+
+
+def test_values_that_the_lab_does_not_know_any_more_come_last() -> None:
+    known = ["stop-and-copy", "live-of-old", "live"]
+    assert sorted(known, key=DIMENSIONS["method"].place) == ["live", "stop-and-copy", "live-of-old"]
+    thp = DIMENSIONS["thp"]
+    assert sorted([True, None, False], key=thp.place) == [None, False, True]
+    assert [thp.shown(value) for value in (None, False, True)] == ["default", "no", "yes"]
