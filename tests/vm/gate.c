@@ -21,11 +21,12 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { OPEN, HOLD, FAIL, SILENT };
-enum { REGISTER, PROTECT, RELEASE, UNREGISTER, CLOSE, READ, GATES };
+enum { REGISTER, PROTECT, RELEASE, UNREGISTER, CLOSE, READ, WRITE, TRUNCATE, GATES };
 
 struct gate {
     _Atomic int state;
@@ -38,6 +39,8 @@ static struct gate *gates;
 static int (*real_ioctl)(int, unsigned long, ...);
 static int (*real_close)(int);
 static ssize_t (*real_read)(int, void *, size_t);
+static ssize_t (*real_writev)(int, const struct iovec *, int);
+static int (*real_ftruncate)(int, off_t);
 
 __attribute__((constructor)) static void attach(void)
 {
@@ -48,6 +51,8 @@ __attribute__((constructor)) static void attach(void)
     real_ioctl = dlsym(RTLD_NEXT, "ioctl");
     real_close = dlsym(RTLD_NEXT, "close");
     real_read = dlsym(RTLD_NEXT, "read");
+    real_writev = dlsym(RTLD_NEXT, "writev");
+    real_ftruncate = dlsym(RTLD_NEXT, "ftruncate64");
     if (fd < 0) {
         return;
     }
@@ -112,12 +117,18 @@ int ioctl(int fd, unsigned long request, ...)
     return number >= 0 && fails(number) ? -1 : real_ioctl(fd, request, argument);
 }
 
+static bool may_be_written(int fd)
+{
+    struct stat status;
+
+    return !fstat(fd, &status) && S_ISREG(status.st_mode) &&
+           (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDONLY;
+}
+
 /* Of a file that was written to. It is closed even if that fails, as by the kernel. */
 int close(int fd)
 {
-    struct stat status;
-    bool written = gates && gates[CLOSE].state != OPEN && !fstat(fd, &status) &&
-                   S_ISREG(status.st_mode) && (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDONLY;
+    bool written = gates && gates[CLOSE].state != OPEN && may_be_written(fd);
     int result = real_close ? real_close(fd) : (int)syscall(SYS_close, fd);
 
     return written && fails(CLOSE) ? -1 : result;
@@ -141,4 +152,22 @@ ssize_t read(int fd, void *buffer, size_t size)
     }
     /* Others read before this was set up. */
     return real_read ? real_read(fd, buffer, size) : syscall(SYS_read, fd, buffer, size);
+}
+
+/* Of a stream into a file. */
+ssize_t writev(int fd, const struct iovec *parts, int count)
+{
+    if (gates && gates[WRITE].state != OPEN && may_be_written(fd) && fails(WRITE)) {
+        return -1;
+    }
+    return real_writev ? real_writev(fd, parts, count) : syscall(SYS_writev, fd, parts, count);
+}
+
+/* QEMU is built for large files, and calls this one. */
+int ftruncate64(int fd, off_t size)
+{
+    if (gates && gates[TRUNCATE].state != OPEN && fails(TRUNCATE)) {
+        return -1;
+    }
+    return real_ftruncate ? real_ftruncate(fd, size) : (int)syscall(SYS_ftruncate, fd, size);
 }

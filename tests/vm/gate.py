@@ -16,7 +16,7 @@ import pytest
 
 #: In the order of gate.c. Which phase a call belongs to differs between engines: `copy` registers
 #: and protects ahead of the pause, the others in it.
-NAMES = ("register", "protect", "release", "unregister", "close", "read")
+NAMES = ("register", "protect", "release", "unregister", "close", "read", "write", "truncate")
 OPEN, HOLD, FAIL, SILENT = range(4)
 _GATE = struct.Struct("=4i")
 _SOURCE = Path(__file__).with_name("gate.c")

@@ -200,7 +200,7 @@ async def test_guest_memory_that_is_open_elsewhere_is_refused_until_it_is_closed
     async with lab.boot(machine(ram_kind="file"), WORKLOAD) as vm:
         for method in LIVE:
             with ram_descriptor(vm).open("r+b"):
-                said = "memory 'pc.ram' is open for writing elsewhere"
+                said = "memory 'pc.ram' is open more than once"
                 await assert_refused(vm, method, tmp_path / "a.snap", said)
             await vm.snapshot(tmp_path / "a.snap", method, progress=False)
             (tmp_path / "a.snap").unlink()
