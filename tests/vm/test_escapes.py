@@ -15,7 +15,7 @@ import pytest
 
 import lab
 from lab.errors import HostError, SnapshotError, TransientError
-from lab.ksm import ksm_running
+from lab.ksm import KSM, ksm_running
 from lab.oracle import verify_method
 from lab.qemu.build import find_qemu
 from lab.ram import ram_dir
@@ -314,6 +314,48 @@ async def test_a_snapshot_fails_if_the_kernel_begins_to_merge_meanwhile(
             reply = await ended(vm, "failed")
         assert "KSM" in reply["error-desc"]
         await is_left_alone(vm)
+
+
+@pytest.mark.usefixtures("mergeable")
+@pytest.mark.parametrize("method", ENGINES)
+async def test_a_snapshot_fails_if_the_kernel_has_merged_for_a_moment(
+    method: str, tmp_path: Path
+) -> None:
+    async with lab.boot(machine(), WORKLOAD) as vm:
+        await begin(vm, method, tmp_path / "a.snap", hold=True)
+        await until_status(vm, "pre-switchover")
+        scans = KSM / "full_scans"
+        before = scans.read_text() if scans.exists() else ""
+        with merging():
+
+            async def scanned() -> bool:
+                return scans.read_text() != before
+
+            await until(scanned)
+        await vm.execute("migrate-continue", {"state": "pre-switchover"})
+        reply = await ended(vm, "failed")
+        assert "KSM has run" in reply["error-desc"]
+        await is_left_alone(vm)
+
+
+@pytest.mark.usefixtures("mergeable")
+async def test_memory_that_may_be_merged_is_refused_where_it_can_not_be_seen_whether_it_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a jail or a container that hides these files of the kernel's."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can hide files from QEMU")
+    if not KSM.is_dir():
+        pytest.skip("this kernel has no KSM")
+    script = folder / "qemu"
+    hidden = f"mount -t tmpfs tmpfs {KSM} && exec {find_qemu('patched').path}"
+    script.write_text(f'#!/bin/sh\nexec unshare --mount sh -c \'{hidden} "$@"\' sh "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("LAB_QEMU_PATCHED", str(script))
+    async with lab.boot(machine(), WORKLOAD) as vm:
+        for method in LIVE:
+            said = f"{KSM}/run cannot be read.*mem-merge=off"
+            await assert_refused(vm, method, tmp_path / "a.snap", said)
 
 
 async def test_memory_that_is_not_offered_for_merging_is_right_while_the_kernel_merges(

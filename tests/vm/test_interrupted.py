@@ -446,6 +446,52 @@ async def test_the_file_can_not_be_closed(
     await next_one_is_right(vm, method, tmp_path)
 
 
+async def test_the_file_that_is_open_a_second_time_can_not_be_closed(
+    vm: VM, gates: Gates, tmp_path: Path
+) -> None:
+    """Pages bypass the page cache by a descriptor of their own, which tells as well."""
+    with gates.failing("close", error=errno.EDQUOT):
+        await begin(vm, "live-direct", tmp_path / "image")
+        reply = await ended(vm, "failed")
+    assert os.strerror(errno.EDQUOT) in reply["error-desc"]
+    await next_one_is_right(vm, "live-direct", tmp_path)
+
+
+@pytest.mark.parametrize(("method", "call"), [("live", "truncate"), ("live-direct", "close")])
+async def test_the_guest_does_not_wait_while_a_failed_snapshot_ends_with_its_file(
+    vm: VM, gates: Gates, method: str, call: str, tmp_path: Path
+) -> None:
+    """A disk that has failed to write may not answer either when it is told to cut or close."""
+    await begin(vm, method, tmp_path / "image", hold=True)
+    await until_status(vm, "pre-switchover")
+    with gates.held(call):
+        await vm.execute("migrate-continue", {"state": "pre-switchover"})
+        # Room is reserved with the first chunk.
+        await until_phase(vm, "sweep")
+        with gates.failing("write", error=errno.EIO, skip=2):
+            await gates.reached(call)
+            await works_on(vm)
+            await works_on(vm)
+    reply = await ended(vm, "failed")
+    assert os.strerror(errno.EIO) in reply["error-desc"]
+    await next_one_is_right(vm, method, tmp_path)
+
+
+async def test_a_snapshot_cancelled_in_the_hold_does_not_wait_for_the_file(
+    vm: VM, gates: Gates, tmp_path: Path
+) -> None:
+    await begin(vm, "live-direct", tmp_path / "image", hold=True)
+    await until_status(vm, "pre-switchover")
+    with gates.held("close"):
+        await vm.execute("migrate_cancel")
+        await gates.reached("close")
+        # The VM was stopped, and QEMU can be asked.
+        await works_on(vm)
+        assert (await info(vm))["status"] == "cancelling"
+    await ended(vm, "cancelled")
+    await next_one_is_right(vm, "live-direct", tmp_path)
+
+
 @pytest.mark.parametrize("method", METHODS_HERE)
 async def test_another_one_at_once_after_the_first(vm: VM, method: str, tmp_path: Path) -> None:
     """It is refused in one line as long as the first is not cleaned up.  Field report F21."""

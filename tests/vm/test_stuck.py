@@ -24,7 +24,9 @@ from tests.vm.bench import (
     until,
     until_status,
     waiting_writers,
+    works_on,
 )
+from tests.vm.failing_disk import stalling
 from tests.vm.gate import Gates
 from tests.vm.gate import gates as gates_of_guests
 from tests.vm.outgoing import outgoing
@@ -118,3 +120,28 @@ async def test_who_comes_too_late_to_be_woken_is_woken_again(
             await target.drain(tmp_path / "image")
             await ended(vm, "completed")
         await is_left_alone(vm)
+
+
+async def test_who_comes_too_late_to_a_snapshot_given_up_does_not_wait_for_the_disk(
+    vm: VM, gates: Gates, tmp_path: Path
+) -> None:
+    """`live-inline` has no thread that would read of it, and releases memory as a whole."""
+
+    async def waits() -> bool:
+        return waiting_writers(vm) == 1
+
+    async with stalling(tmp_path / "disk", 512) as disk:
+        await begin(vm, "live-inline", disk.folder / "image", hold=True)
+        await until_status(vm, "pre-switchover")
+        await disk.freeze()
+        await vm.execute("migrate-continue", {"state": "pre-switchover"})
+        await until(waits)
+        with gates.silent("release"):
+            # The main thread may hang: the vCPU may wait with the big lock held.
+            await vm.qmp.execute("yank", {"instances": [{"type": "migration"}]}, out_of_band=True)
+            await works_on(vm)
+            await works_on(vm)
+        await disk.thaw()
+        reply = await ended(vm, "failed")
+        assert "released unsaved" in reply["error-desc"]
+    await is_left_alone(vm)
