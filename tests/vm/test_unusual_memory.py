@@ -105,7 +105,7 @@ async def test_locked_memory_is_not_filled_up_by_the_fault_log(tmp_path: Path) -
         pytest.skip("only root may lock so much memory")
     async with lab.boot(machine, workload) as vm:
         before = resident_mib(vm, "VmHWM")
-        taken = await vm.snapshot(tmp_path / "a.snap", "live", progress=False)
+        taken = await vm.snapshot(tmp_path / "a.snap", "live", progress=False, storage_mib_per_s=64)
         assert len(taken.df_faults()) > 0
         assert resident_mib(vm, "VmHWM") - before < 64
         await is_left_alone(vm)
