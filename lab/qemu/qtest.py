@@ -245,8 +245,7 @@ def _begin(path: Path | None, fresh: Record) -> Record:
     known = read_record(path)
     if (known.build_ids, known.accel) != (fresh.build_ids, fresh.accel):
         raise UsageError(f"{path} is a record of other builds", "name another file, or delete it")
-    kept = {name: result for name, result in known.results.items() if name in fresh.tests}
-    return _with(fresh, kept)
+    return known
 
 
 def _with(record: Record, results: Mapping[str, TestResult]) -> Record:
@@ -284,21 +283,23 @@ async def run_migration_tests(
     report = progress or (lambda message: None)
     began = time.monotonic()
     binaries = await ensure_qemu(progress)
-    programs = await ensure_test_program(PROGRAM, progress, edit=_on_pc)
     hide_kvm = KVM_DEVICE.exists() and bool(kvm_problem("linux"))
-    bench = _Bench(binaries, programs, hide_kvm)
-    has = {variant: await bench.names(variant) for variant in VARIANTS}
-    tests = list(dict.fromkeys([*has["unpatched"], *has["patched"]]))
-    selected = _select(tests, only)
     record = _begin(
         record_path,
         Record(
             schema=SCHEMA,
             build_ids={variant: binaries[variant].build_id for variant in VARIANTS},
             accel="kvm" if KVM_DEVICE.exists() and not hide_kvm else "tcg",
-            tests=tests,
+            tests=[],
         ),
     )
+    programs = await ensure_test_program(PROGRAM, progress, edit=_on_pc)
+    bench = _Bench(binaries, programs, hide_kvm)
+    has = {variant: await bench.names(variant) for variant in VARIANTS}
+    tests = list(dict.fromkeys([*has["unpatched"], *has["patched"]]))
+    selected = _select(tests, only)
+    record = dataclasses.replace(record, tests=tests)
+    record = _with(record, record.results)
     left = [name for name in selected if name not in record.results]
     _require_no_ksm()
     for done, name in enumerate(left):

@@ -219,7 +219,9 @@ async def test_a_test_is_run_without_those_below_it(programs: Programs, log: Pat
     assert log.read_text().splitlines() == ["-p /q/a -s /q/a/b"] * 2
 
 
-async def test_a_record_is_gone_on_from(programs: Programs, tmp_path: Path, log: Path) -> None:
+async def test_a_record_is_gone_on_from(
+    programs: Programs, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "qtest.json"
     programs("/q/a /q/b", "/q/a /q/b")
     first = await run_migration_tests(only=["b$"], record_path=path)
@@ -231,6 +233,8 @@ async def test_a_record_is_gone_on_from(programs: Programs, tmp_path: Path, log:
     assert log.read_text().splitlines() == ["-p /q/b"] * 2 + ["-p /q/a"] * 2
 
     programs("/q/a /q/b", "/q/a /q/b", build="2")
+    # Before anything is built.
+    monkeypatch.setattr("lab.qemu.qtest.ensure_test_program", None)
     with pytest.raises(UsageError, match="other builds"):
         await run_migration_tests(record_path=path)
 
