@@ -14,7 +14,7 @@ from lab.qemu.build import find_qemu
 from lab.scenario import METHODS
 from lab.vm import VM, _launched
 from lab.workdir import private_folder
-from tests.vm.bench import until, works_on
+from tests.vm.bench import begin, ended, until, until_status, works_on
 from tests.vm.door import Door, door, door_arguments, single_step
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-tcg")]
@@ -213,6 +213,32 @@ async def test_the_unpatched_qemu_is_not_asked_for_what_would_end_it(
             await assert_restores_into("paused" if state in GOES_ON else state, image)
         # It lives, and runs where it may.
         assert await vm.status() in (state, "postmigrate")
+
+
+@pytest.mark.parametrize("state", ["guest-panicked", "shutdown", "io-error"])
+@pytest.mark.parametrize("then", ["migrate_cancel", "migrate-continue"])
+async def test_a_guest_that_was_started_in_the_hold_and_stopped_by_itself_is_left_so(
+    state: str, then: str, folder: Path, tmp_path: Path
+) -> None:
+    """What has happened to it since is not to be undone, and QEMU lives."""
+    async with lab.boot(machine_with_door(folder), WORKLOAD) as vm, door(folder) as at:
+
+        async def there() -> bool:
+            return await vm.status() == state
+
+        await begin(vm, "live", tmp_path / "a.snap", hold=True)
+        await until_status(vm, "pre-switchover")
+        await vm.cont()
+        await REACHED[state](vm, at, folder)
+        await until(there)
+        if then == "migrate_cancel":
+            await vm.execute("migrate_cancel")
+            await ended(vm, "cancelled")
+        else:
+            await vm.execute("migrate-continue", {"state": "pre-switchover"})
+            reply = await ended(vm, "failed")
+            assert "was started" in reply["error-desc"]
+        assert await there()
 
 
 async def test_a_guest_that_has_to_be_reset_first_is_not_told_to_run(

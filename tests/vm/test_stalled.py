@@ -230,6 +230,19 @@ async def test_qemu_answers_while_the_disk_does_not(vm: VM, method: str, tmp_pat
     await is_left_alone(vm)
 
 
+@pytest.mark.parametrize("method", METHODS_HERE)
+async def test_no_rate_that_is_set_meanwhile_holds_the_guest_up(
+    vm: VM, method: str, tmp_path: Path
+) -> None:
+    await begin(vm, method, tmp_path / "image", hold=True)
+    await until_status(vm, "pre-switchover")
+    # With which it would take hours.
+    await vm.execute("migrate-set-parameters", {"max-bandwidth": 4096})
+    await vm.execute("migrate-continue", {"state": "pre-switchover"})
+    await ended(vm, "completed")
+    await is_left_alone(vm)
+
+
 async def stop_and_go_on(vm: VM) -> None:
     """QEMU waits for the vCPU to leave the guest, and that waits for a page."""
     await vm.qmp.execute("stop", timeout_s=ANSWER_S)
