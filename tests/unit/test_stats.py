@@ -7,6 +7,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,6 +57,19 @@ def test_few_samples_say_that_the_confidence_is_not_reached() -> None:
     assert enough.coverage >= enough.confidence
 
 
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize("q", [0.1, 0.5, 0.9, 0.99])
+def test_quantile_interval_equals_the_formula_of_its_ranks(q: float, confidence: float) -> None:
+    tail = (1 - confidence) / 2
+    for n in range(1, 81):
+        below = scipy.stats.binom.cdf(np.arange(n + 1), n, q)  # below[k] = P(B <= k)
+        lower = max((rank for rank in range(1, n + 1) if below[rank - 1] <= tail), default=1)
+        upper = min((rank for rank in range(1, n + 1) if 1 - below[rank - 1] <= tail), default=n)
+        interval = stats.quantile_interval([float(v) for v in range(1, n + 1)], q, confidence)
+        assert (interval.low, interval.high) == (lower, upper)
+        assert interval.coverage == below[upper - 1] - below[lower - 1]
+
+
 @pytest.mark.parametrize(("q", "n"), [(0.5, 7), (0.5, 20), (0.9, 60), (0.99, 30)])
 def test_quantile_interval_covers_the_true_quantile_as_often_as_it_says(q: float, n: int) -> None:
     rng = np.random.default_rng(20)
@@ -85,6 +99,19 @@ def test_permutation_test_of_a_complete_separation_has_the_smallest_possible_p()
 def test_permutation_test_of_equal_samples_is_one() -> None:
     assert stats.permutation_test([1, 2, 3], [1, 2, 3]) == 1.0
     assert stats.permutation_test([7, 7], [7, 7]) == 1.0
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=11), st.data())
+def test_permutation_test_equals_the_count_over_every_relabelling(
+    values: list[int], data: st.DataObject
+) -> None:
+    n_a = data.draw(st.integers(1, len(values) - 1))
+    ranks = scipy.stats.rankdata(values)
+    centre = ranks.sum() * n_a / len(ranks)
+    seen = abs(ranks[:n_a].sum() - centre)
+    sums = np.array([ranks[list(chosen)].sum() for chosen in combinations(range(len(ranks)), n_a)])
+    p = stats.permutation_test(values[:n_a], values[n_a:])
+    assert p == pytest.approx(np.mean(np.abs(sums - centre) >= seen - 1e-9))
 
 
 def test_sampled_permutations_are_repeatable_and_close_to_the_exact_answer() -> None:
