@@ -29,6 +29,7 @@ COMMANDS = (
     "snapshot",
     "restore",
     "measure",
+    "floor",
     "compare",
     "report",
     "reproduce",

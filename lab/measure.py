@@ -248,9 +248,12 @@ def open_recording(
         )
     different = sorted(k for k in document if found.record.plan.get(k) != document[k])
     if different:
+        # --seed once set the order of a campaign too.
+        order = document.get("kind") != "floor" and "seed" in different
+        again = f" with --order-seed {found.record.plan['seed']}" if order else ""
         raise RunError(
             f"{path} was begun with another plan ({', '.join(different)} differ)",
-            "name another --out, or give the same arguments",
+            f"name another --out, or give the same arguments{again}",
         )
     if found.record.binaries != run.jsonable(ground.binaries):
         raise RunError(f"{path} was begun with other builds", "name another --out")

@@ -209,7 +209,7 @@ def render_beside(pairs: Sequence[tuple[Path, Path]]) -> str:
 
 
 def _floor_report(run_set: RunSet) -> str:
-    """The report on a set that `lab measure floor` recorded: table, figures, definitions, host."""
+    """The report on a set that `lab floor` recorded: table, figures, definitions, host."""
     title = html.escape(f"The floor: {run_set.name}")
     parts = [*_head(title, figures.floor_stamp_text(run_set)), *_note(run_set, "rounds")]
     parts.append(

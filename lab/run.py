@@ -441,7 +441,7 @@ class RunSet:
 
     @property
     def kind(self) -> str:
-        """What its runs measured: `snapshot`, or `floor` (`lab measure floor`)."""
+        """What its runs measured: `snapshot`, or `floor` (`lab floor`)."""
         return str(self.record.plan.get("kind", "snapshot"))
 
     @property

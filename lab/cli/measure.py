@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab.cli import measure_floor
 from lab.errors import HostError, UsageError
 from lab.progress import ProgressLine
 from lab.scenario import (
@@ -29,23 +28,53 @@ if TYPE_CHECKING:
     from lab.run import Run, RunSet
 
 
+_EXAMPLES = """\
+examples:
+  lab measure --method live --method background --ram-mib 1024 --out data/mine
+  lab measure --method live --vary ram-kind=anon,memfd --vary vcpus=1,2
+  lab measure --method live --vary storage-mib-per-s=0,100   an image on a slower disk
+  lab measure --vary rate-ops-per-s=5000,50000,0             a guest that is not always busy
+  lab measure --method live --vary time-threads=yes,no       what one instrument costs
+"""
+
+
+class _Moved(argparse.Action):
+    """Says where `lab measure floor` went, before its options are looked at."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if values == "floor":
+            raise UsageError("the floor has a command of its own", "use `lab floor`")
+        if values is not None:
+            parser.error(f"unrecognized arguments: {values}")
+
+
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "measure",
         help="measure methods, interleaved, into a run set",
         description="Measure methods times repeats, each run a fresh boot, in rounds of random "
-        "order; with --vary, each method with every combination of the values given. An unfinished "
-        "run set of the same plan is continued. Exit status 1 when a run failed.",
+        "order;\nwith --vary, each method with every combination of the values given. An "
+        "unfinished\nrun set of the same plan is continued. Exit status 1 when a run failed.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EXAMPLES,
     )
-    parser.add_argument(
+    parser.add_argument("moved", nargs="?", action=_Moved, help=argparse.SUPPRESS)
+    plan = parser.add_argument_group("plan")
+    plan.add_argument(
         "--method",
         action="append",
         dest="methods",
         metavar="METHOD",
         help=f"repeatable; one of {', '.join(METHODS)} (default: every method)",
     )
-    parser.add_argument(
+    plan.add_argument(
         "--vary",
         action="append",
         default=[],
@@ -53,44 +82,51 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="measure each of these values of a parameter below, as in ram-mib=512,1024 or "
         "workload=idle,random; yes, no or default for a switch; repeatable for every combination",
     )
-    parser.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="boots a case (default 5)"
+    plan.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="boots per case (default 5)"
     )
-    parser.add_argument(
+    plan.add_argument(
         "--warmups",
         type=int,
         default=0,
         metavar="N",
         help="rounds before them that do not count (default 0)",
     )
-    add_arguments(parser, Machine)
-    add_arguments(parser, Workload)
-    add_arguments(parser, Storage)
-    add_arguments(parser, Instruments)
-    parser.add_argument(
+    plan.add_argument(
+        "--order-seed",
+        type=int,
+        default=1,
+        metavar="N",
+        help="seed of the order of cases within each round (default 1)",
+    )
+    plan.add_argument(
         "--verify",
         action="store_true",
         help="after each timed snapshot take another, restore it and compare every byte of RAM",
     )
-    parser.add_argument(
+    add_arguments(parser.add_argument_group("machine"), Machine)
+    add_arguments(parser.add_argument_group("workload"), Workload)
+    add_arguments(parser.add_argument_group("storage"), Storage)
+    add_arguments(parser.add_argument_group("instruments"), Instruments)
+    output = parser.add_argument_group("output")
+    output.add_argument(
         "--out", type=Path, metavar="DIR", help="the run set (default: a new one in the cache)"
     )
-    parser.add_argument(
+    output.add_argument(
         "--image-dir",
         type=Path,
         metavar="DIR",
         help="where images are written (default: in the cache)",
     )
-    parser.add_argument(
+    output.add_argument(
         "--keep-images",
         action="store_true",
         help="leave the images there (default: in the folder images of the cache)",
     )
-    parser.add_argument("--note", default="", help="free text, kept in the run set")
-    parser.add_argument("--json", action="store_true", help="one JSON object a run on stdout")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be measured")
+    output.add_argument("--note", default="", help="free text, kept in the run set")
+    output.add_argument("--json", action="store_true", help="one JSON object per run on stdout")
+    output.add_argument("--dry-run", action="store_true", help="only say what would be measured")
     parser.set_defaults(handler=_measure)
-    measure_floor.register(parser)
 
 
 async def _measure(args: argparse.Namespace) -> int:
@@ -107,7 +143,7 @@ async def _measure(args: argparse.Namespace) -> int:
         instruments=from_arguments(Instruments, args),
         repeats=args.repeats,
         warmups=args.warmups,
-        seed=args.seed,
+        seed=args.order_seed,
         verify=args.verify,
         vary=_varied(args.vary),
     )

@@ -124,7 +124,7 @@ async def _other_sets(folder: Path, note: str, repeats: int | None) -> "dict[str
     :param repeats: instead of those of the plans.
     """
     from lab.accelerator import accelerator_problem
-    from lab.cli.measure_floor import run_floor
+    from lab.cli.floor import run_floor
     from lab.floor.plan import FloorPlan
     from lab.measure import plan_here
     from lab.notebooks import NOTEBOOKS, notebook_paths, sets_named

@@ -1,4 +1,4 @@
-"""What `lab measure floor` measures: blocks, in rounds of random order."""
+"""What `lab floor` measures: blocks, in rounds of random order."""
 
 import random
 from collections.abc import Iterable

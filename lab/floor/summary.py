@@ -36,10 +36,10 @@ _HANDLERS = {
 
 
 def require_floor(run_set: RunSet) -> None:
-    """Raise RunError unless `run_set` was recorded by `lab measure floor`."""
+    """Raise RunError unless `run_set` was recorded by `lab floor`."""
     if run_set.kind != "floor":
         raise RunError(
-            f"{run_set.name} holds snapshots, no floor", "name a set that `lab measure floor` wrote"
+            f"{run_set.name} holds snapshots, no floor", "name a set that `lab floor` wrote"
         )
 
 

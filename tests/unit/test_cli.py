@@ -12,6 +12,7 @@ import pytest
 
 import lab.__main__ as command_line
 from lab import errors
+from lab.measure import Plan
 
 Handler = Callable[[argparse.Namespace], Awaitable[int] | int]
 
@@ -60,6 +61,49 @@ def test_help_names_every_command_there_is(capsys: pytest.CaptureFixture[str]) -
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main([command, "--help"]) == 0
     assert f"lab {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--samples", "3"], ["--dry-run"]])
+def test_the_former_place_of_the_floor_names_its_command(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line.main(["measure", "floor", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "use `lab floor`" in error
+
+
+def test_the_floor_has_options_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["floor", "--benchmark", "write", "--dry-run"]) == 0
+    assert "write fresh tmpfs" in capsys.readouterr().out
+
+
+def test_measure_sets_the_order_of_runs_apart_from_the_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plans: list[Plan] = []
+
+    def describe(plan: Plan) -> list[str]:
+        plans.append(plan)
+        return []
+
+    monkeypatch.setattr("lab.measure.describe", describe)
+    for given in (["--seed", "5"], ["--order-seed", "6"]):
+        assert command_line.main(["measure", "--dry-run", *given]) == 0
+    assert [(plan.workload.seed, plan.seed) for plan in plans] == [(5, 1), (1, 6)]
+
+
+def test_help_of_measure_has_groups_and_examples_that_parse(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command_line.main(["measure", "--help"]) == 0
+    text, _, examples = capsys.readouterr().out.partition("examples:\n")
+    groups = ("plan", "machine", "workload", "storage", "instruments", "output")
+    assert all(f"\n{group}:\n" in text for group in groups)
+    commands = [line.strip().split("   ")[0].split() for line in examples.strip().splitlines()]
+    assert len(commands) >= 3
+    for _, *arguments in commands:
+        assert command_line.main([*arguments, "--dry-run"]) == 0
 
 
 def test_help_loads_nothing_heavy() -> None:

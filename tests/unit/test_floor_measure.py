@@ -226,7 +226,7 @@ def test_a_small_floor_is_measured_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "small"
-    command = ["measure", "floor", *SMALL, "--repeats", "1", "--json", "--note", "a test"]
+    command = ["floor", *SMALL, "--repeats", "1", "--json", "--note", "a test"]
     command += ["--image-dir", str(tmp_path), "--out", str(out)]
     assert command_line.main(command) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -257,7 +257,7 @@ def test_a_host_without_userfaultfd_is_told_what_to_do(
     forbidden = UffdProbe(access="none", problem="Operation not permitted")
     monkeypatch.setattr(lab.host, "probe_uffd", lambda: forbidden)
     out = tmp_path / "set"
-    assert command_line.main(["measure", "floor", "--out", str(out), *SMALL]) == 2
+    assert command_line.main(["floor", "--out", str(out), *SMALL]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("lab: error: userfaultfd cannot be used: Operation not permitted; ")
     assert "setfacl" in error
@@ -267,9 +267,9 @@ def test_a_host_without_userfaultfd_is_told_what_to_do(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["nonsense"],
-        ["--method", "live", "floor"],
-        ["--verify", "floor"],
+        ["measure", "nonsense"],
+        ["measure", "--method", "live", "floor"],
+        ["measure", "--verify", "floor"],
         ["floor", "--method", "live"],
         ["floor", "--benchmark", "nonsense"],
         ["floor", "--mib", "1"],
@@ -278,12 +278,12 @@ def test_a_host_without_userfaultfd_is_told_what_to_do(
 def test_arguments_that_make_no_sense_together_are_refused(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command_line.main(["measure", *arguments]) == 2
+    assert command_line.main(arguments) == 2
     assert capsys.readouterr().err.startswith("lab: error: ")
 
 
 def test_methods_are_measured_as_before(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["measure", "--method", "live", "--repeats", "2", "--dry-run"]) == 0
     assert capsys.readouterr().out.count("live") == 2
-    assert command_line.main(["measure", "floor", "--benchmark", "scan", "--dry-run"]) == 0
+    assert command_line.main(["floor", "--benchmark", "scan", "--dry-run"]) == 0
     assert "scan zeros anon-4k" in capsys.readouterr().out

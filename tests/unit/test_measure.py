@@ -1,6 +1,7 @@
 """Campaigns: order, marking, resuming and failing, with a sampler that boots nothing."""
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,12 @@ async def test_a_set_is_not_continued_with_another_plan_or_other_builds(tmp_path
     rebuilt = Ground(host=GROUND.host, binaries={"patched": {"build_id": "q"}})
     with pytest.raises(RunError, match="other builds"):
         open_set(tmp_path / "set", PLAN, rebuilt)
+
+
+def test_a_set_begun_in_another_order_names_the_flag_that_continues_it(tmp_path: Path) -> None:
+    open_set(tmp_path / "set", PLAN, GROUND)
+    with pytest.raises(RunError, match=r"order, seed differ.*give .* with --order-seed 7$"):
+        open_set(tmp_path / "set", dataclasses.replace(PLAN, seed=1), GROUND)
 
 
 async def test_a_complete_set_is_not_measured_again(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ async def test_a_set_whose_accelerator_is_not_here_is_shown_as_it_was_recorded(
 
     monkeypatch.setattr("lab.accelerator.kvm_guest_problem", problem)
     monkeypatch.setattr("lab.cli.reproduce._measured", measured)
-    monkeypatch.setattr("lab.cli.measure_floor.run_floor", floor)
+    monkeypatch.setattr("lab.cli.floor.run_floor", floor)
     own = await _other_sets(tmp_path, "", 1)
     assert sorted(own) == sorted(asked)
     assert {"kvm-methods", "floor"} <= set(own)

@@ -1,4 +1,4 @@
-"""``lab measure floor``: the bare userfaultfd microbenchmark, into a run set."""
+"""``lab floor``: the bare userfaultfd microbenchmark, into a run set."""
 
 import argparse
 import asyncio
@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lab.errors import UsageError
 from lab.floor.plan import BENCHMARKS, WORK_MIB, FloorPlan, describe
 from lab.progress import ProgressLine
 
@@ -17,18 +16,12 @@ if TYPE_CHECKING:
     from lab.floor.measure import Progress
     from lab.run import Run, RunSet
 
-_PREFIX = "floor_"
 
-
-def register(parent: argparse.ArgumentParser) -> None:
-    """Add the command's parser below that of `lab measure`, which stays usable by itself."""
-    subparsers = parent.add_subparsers(
-        metavar="[floor]",
-        help="instead of methods: what the kernel asks for each step of a snapshot, with no VM",
-    )
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command's parser."""
     parser = subparsers.add_parser(
         "floor",
-        help="the bare userfaultfd microbenchmark",
+        help="measure what the kernel asks for each step of a snapshot, with no VM",
         description="Time the steps that a live snapshot is made of, with no VM: protecting "
         "memory, one write fault by each kind of handler, releasing memory, copying, looking for "
         "zeros, writing a file. Rounds of blocks in random order, each block in a process of its "
@@ -36,18 +29,14 @@ def register(parent: argparse.ArgumentParser) -> None:
     )
     defaults = FloorPlan()
 
-    def add(flag: str, **settings: object) -> None:
-        # Names of their own, or the defaults here would hide what is given before `floor`.
-        name = _PREFIX + flag.removeprefix("--").replace("-", "_")
-        parser.add_argument(flag, dest=name, **settings)  # type: ignore[arg-type]  # argparse's own
-
     def add_number(flag: str, meaning: str, default: int) -> None:
         text = f"{meaning} (default {default})"
-        add(flag, type=int, metavar="N", default=default, help=text)
+        parser.add_argument(flag, type=int, metavar="N", default=default, help=text)
 
-    add(
+    parser.add_argument(
         "--benchmark",
         action="append",
+        dest="benchmarks",
         choices=BENCHMARKS,
         help="repeatable (default: all of them)",
     )
@@ -61,54 +50,40 @@ def register(parent: argparse.ArgumentParser) -> None:
         "--delay-us", "delay that the handler adds to each fault, to check", defaults.delay_us
     )
     add_number("--seed", "order of blocks and pages", defaults.seed)
-    add("--out", type=Path, metavar="DIR", help="the run set (default: a new one in the cache)")
-    add(
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="the run set (default: a new one in the cache)"
+    )
+    parser.add_argument(
         "--image-dir",
         type=Path,
         metavar="DIR",
         help="where files are written (default: in the cache)",
     )
-    add("--note", metavar="TEXT", default="", help="free text, kept in the run set")
-    add("--json", action="store_true", help="one JSON object a step on stdout")
-    add("--dry-run", action="store_true", help="only say what would be measured")
-
-    async def handler(args: argparse.Namespace) -> int:
-        _refuse_given_before(parent, args)
-        return await _measure_floor(args)
-
-    parser.set_defaults(handler=handler)
+    parser.add_argument("--note", metavar="TEXT", default="", help="free text, kept in the run set")
+    parser.add_argument("--json", action="store_true", help="one JSON object per step on stdout")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be measured")
+    parser.set_defaults(handler=_floor)
 
 
-def _refuse_given_before(parent: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raise UsageError for options of `lab measure`: none of them would be heeded."""
-    for name, value in vars(args).items():
-        own = name.startswith(_PREFIX) or name in ("handler", "verbose")
-        if not own and value != parent.get_default(name):
-            raise UsageError(
-                f"{name.replace('_', '-')} before `floor` is for methods",
-                "give options after `floor`",
-            )
-
-
-async def _measure_floor(args: argparse.Namespace) -> int:
+async def _floor(args: argparse.Namespace) -> int:
     from lab.cache import cache_dir
 
     plan = FloorPlan(
-        benchmarks=tuple(dict.fromkeys(args.floor_benchmark or BENCHMARKS)),
-        repeats=args.floor_repeats,
-        mib=args.floor_mib,
-        write_mib=args.floor_write_mib,
-        samples=args.floor_samples,
-        delay_us=args.floor_delay_us,
-        seed=args.floor_seed,
+        benchmarks=tuple(dict.fromkeys(args.benchmarks or BENCHMARKS)),
+        repeats=args.repeats,
+        mib=args.mib,
+        write_mib=args.write_mib,
+        samples=args.samples,
+        delay_us=args.delay_us,
+        seed=args.seed,
     )
-    if args.floor_dry_run:
+    if args.dry_run:
         print("\n".join(describe(plan)))
         return 0
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    out = args.floor_out or cache_dir() / "runs" / f"floor-{stamp}"
-    done = await run_floor(plan, out, image_dir=args.floor_image_dir, note=args.floor_note)
-    print_floor(done, as_json=args.floor_json)
+    out = args.out or cache_dir() / "runs" / f"floor-{stamp}"
+    done = await run_floor(plan, out, image_dir=args.image_dir, note=args.note)
+    print_floor(done, as_json=args.json)
     return 0 if all(run.ok for run in done) else 1
 
 
