@@ -26,7 +26,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,10 +36,8 @@ import pandas as pd
 
 from lab.checksums import Checksums, checksums_of
 from lab.display import html_row
-from lab.errors import HostError, LabError, QmpError, SnapshotError, UsageError
-from lab.escapes import require_none
+from lab.errors import LabError, QmpError, SnapshotError, UsageError
 from lab.guest.protocol import ReadyRecord
-from lab.host import require_uffd
 from lab.imagefile import partial_image
 from lab.instruments.faultlog import FaultLog, read_fault_log
 from lab.instruments.phases import buffer_summary, counters, df_phases
@@ -47,6 +45,8 @@ from lab.instruments.progress import ProgressSampler
 from lab.instruments.threads import ThreadTimes
 from lab.instruments.writelatency import WriteLatency, stall_summary
 from lab.limits import process_limit
+from lab.mechanisms import mechanism_of
+from lab.mechanisms.base import ENDED, LIVE_STATES, Hold, until
 from lab.qemu.build import QemuBinary
 from lab.qmp import Event
 from lab.ram import QEMU_OVERHEAD_MIB
@@ -88,18 +88,9 @@ IMAGE_DESCRIPTOR = "lab-image"
 """What QEMU calls the socket that it writes an image to, where it is not given a file."""
 
 SIZE_POLL_S = 0.1
-ABORT_TIMEOUT_S = 30.0
-POLL_S = 0.001
 QEMU_STATE_BYTES = 64 << 20
 """Room on the disk for what is in an image besides pages: headers and the devices' state."""
 
-LIVE_STATES = ("running", "suspended")
-"""The run states in which QEMU has to be stopped for a snapshot, and goes on afterwards."""
-
-UNTRANSFERABLE = ("debug", "restore-vm")
-"""Run states from which, or into which, the unpatched QEMU knows no way of a migration."""
-
-_ENDED = ("completed", "failed", "cancelled")
 # What an earlier snapshot, or the restore of this guest, may have left switched on.
 _CLEARED = dict.fromkeys(
     ("background-snapshot", "mapped-ram", "multifd", "pause-before-switchover"), False
@@ -107,8 +98,6 @@ _CLEARED = dict.fromkeys(
 
 WINDOWS = ("before", "during")
 """What lies between the readings of an instrument: until the request, until completion."""
-
-Hold = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,9 +346,9 @@ class _Attempt:
         self.hold = hold
         self.latency = latency
         self.threads = threads
-        self.patched_engine = how.mechanism == "background" and vm.binary.variant == "patched"
+        self.mechanism = mechanism_of(how, vm.binary.variant)
         self.fault_log_path = (
-            vm.process.workdir / "faults.bin" if log_faults and self.patched_engine else None
+            vm.process.workdir / "faults.bin" if log_faults and self.mechanism.logs_faults else None
         )
         # Where something is written: a disk that is full is nobody's to use any more.
         self.folders = [partial.parent, *([vm.process.workdir] if self.fault_log_path else [])]
@@ -376,9 +365,7 @@ class _Attempt:
         vm = self.vm
         state = await vm.status()
         self.was_running = state in LIVE_STATES
-        _check_state(self.how, vm.binary.variant, state)
-        if self.how.mechanism == "background" and not self.patched_engine:
-            await require_none(vm, self.how.name)
+        await self.mechanism.check(vm, state)
         vm.process.find_groups()
         try:
             await self._prepare()
@@ -387,19 +374,10 @@ class _Attempt:
             self._read_threads()
             self.ready_at_request = vm.ready if vm.is_ready else None
             self.request_ns = time.monotonic_ns()
-            if self.how.mechanism == "stopped":
-                await vm.stop()
-            if self._is_held_before:
-                await self._migrate_held()
-            else:
-                await self._migrate()
+            await self.mechanism.request(vm, self._migrate, self.hold, self.was_running)
             self.completed = await self._await_bounded_end()
             self._read_latency()
-            if self.how.mechanism != "background":
-                if self.hold is not None:
-                    await self.hold()
-                if self.was_running:
-                    await self._continue()
+            await self.mechanism.finish(vm, self.hold, self.was_running)
             self._read_threads()
             await self._settle()
             if self.storage is not None:
@@ -427,51 +405,20 @@ class _Attempt:
         if self.threads is not None:
             self.threads.read()
 
-    @property
-    def _is_held_before(self) -> bool:
-        background = self.how.mechanism == "background"
-        return self.hold is not None and background and not self.patched_engine
-
-    async def _migrate_held(self) -> None:
-        """Hold a guest that QEMU can not hold, see `take`."""
-        assert self.hold is not None
-        await self.vm.stop()
-        await self.hold()
-        await self._migrate()
-        await self._until(self._has_begun, "begin a migration")
-        if self.was_running:
-            await self.vm.cont()
-
     async def _migrate(self) -> None:
         channels = file_channel(self.partial) if self.storage is None else _IMAGE_CHANNEL
         await self.vm.execute("migrate", {"channels": channels})
 
-    async def _has_begun(self) -> bool:
-        reply = await self.vm.execute("query-migrate")
-        return bool(reply.get("ram", {}).get("normal", 0)) or reply.get("status") in _ENDED
-
     async def _prepare(self) -> None:
-        vm, background = self.vm, self.how.mechanism == "background"
+        vm = self.vm
         # One command: QEMU checks what is incompatible for the set as a whole.
-        held = self.patched_engine and self.hold is not None
-        capabilities = {"events": True, **_CLEARED, "pause-before-switchover": held}
-        capabilities |= dict.fromkeys(self.how.capabilities, True)
+        capabilities = {"events": True, **_CLEARED}
+        capabilities |= self.mechanism.capabilities(hold=self.hold is not None)
         try:
             await vm.execute("migrate-set-capabilities", {"capabilities": _states(capabilities)})
         except QmpError as error:
-            if background and "not supported by host kernel" in error.cause:
-                require_uffd()  # says which of the reasons it is, if this process is refused too
-                raise HostError(
-                    f"{self.how.name} needs userfaultfd write protection: {error.cause}",
-                    "run as root on Linux 5.7 or later, or set vm.unprivileged_userfaultfd=1; "
-                    "`lab doctor` says which",
-                ) from error
-            if background and "guest memory configuration" in error.cause:
-                raise HostError(
-                    f"{self.how.name} can not write-protect guest RAM of kind "
-                    f"{vm.machine.ram_kind}: {error.cause}",
-                    _unprotectable_remedy(vm.machine.ram_kind),
-                ) from error
+            if explained := self.mechanism.explain(vm, error):
+                raise explained from error
             raise
         parameters: dict[str, object] = {
             # 0 is no limit; the default of 128 MiB/s would not let a busy guest converge.
@@ -479,9 +426,7 @@ class _Attempt:
             "downtime-limit": DOWNTIME_LIMIT_MS,
             "direct-io": self.how.direct_io,
         }
-        if self.patched_engine:
-            parameters["x-snapshot-engine"] = self.how.engine
-            parameters["x-snapshot-fault-log"] = str(self.fault_log_path or "")
+        parameters |= self.mechanism.parameters(str(self.fault_log_path or ""))
         await vm.execute("migrate-set-parameters", parameters)
         if self.storage is not None:
             # QEMU has a duplicate then.  With another one the end of the stream would not be seen.
@@ -529,7 +474,7 @@ class _Attempt:
     async def _await_end(self) -> Event:
         timeout_s = 60.0 + self.vm.machine.ram_mib * (1 << 20) / MIN_BYTES_PER_S
         if self.storage_mib_per_s:
-            sizes = MAX_PRECOPY_RAM_SIZES if self.how.mechanism == "precopy" else 1
+            sizes = MAX_PRECOPY_RAM_SIZES if self.mechanism.writes_again else 1
             timeout_s += sizes * self.vm.machine.ram_mib / self.storage_mib_per_s
         since = self.since
         while True:
@@ -540,7 +485,7 @@ class _Attempt:
             status = event.data["status"]
             if status == "completed":
                 return event
-            if status in _ENDED:
+            if status in ENDED:
                 raise SnapshotError(f"{self.how.name} {status}: {await self._why()}")
             since = self.vm.qmp.events.index(event, since) + 1
             if self.hold is not None:
@@ -563,51 +508,29 @@ class _Attempt:
             return str(said)
         return next(reversed(self.vm.process.messages()), "QEMU gives no reason")
 
-    async def _continue(self) -> None:
-        """Let the vCPUs go on after an ordinary migration, as soon as QEMU allows it.
-
-        QEMU reports completion just before it leaves the state `finish-migrate`, in which it
-        refuses to continue.
-        """
-        await self._until(self._is_final, "finish a migration")
-        await self.vm.cont()
-
-    async def _is_final(self) -> bool:
-        return await self.vm.status() != "finish-migrate"
-
     async def _settle(self) -> None:
         """Wait until QEMU has closed the image and could do another migration.
 
         It reports a migration completed before it has cleaned up; the yank instance of the
         migration goes away last.
         """
-        await self._until(self._is_idle, "clean up after a migration")
+        await until(self._is_idle, "clean up after a migration")
 
     async def _is_idle(self) -> bool:
         instances = await self.vm.execute("query-yank")
         return all(instance["type"] != "migration" for instance in instances)
 
-    async def _until(self, reached: Callable[[], Awaitable[bool]], what: str) -> None:
-        """Ask until `reached` says yes; there is no event for what is waited for here."""
-        end = asyncio.get_running_loop().time() + ABORT_TIMEOUT_S
-        while not await reached():
-            if asyncio.get_running_loop().time() > end:
-                raise QmpError(f"QEMU did not {what} within {ABORT_TIMEOUT_S:g} s")
-            await asyncio.sleep(POLL_S)
-
     async def _reset(self) -> None:
         """Leave QEMU as a guest that was never snapshotted would have it."""
         await self.vm.execute("migrate-set-capabilities", {"capabilities": _states(_CLEARED)})
-        if self.patched_engine:
-            await self.vm.execute("migrate-set-parameters", {"x-snapshot-fault-log": ""})
+        await self.mechanism.reset(self.vm)
 
     async def _abort(self) -> None:
         """Take back what was begun; what fails here is logged, because an error is on its way."""
         if self.vm.qmp.is_lost:
             return
         try:
-            if self.how.mechanism == "background":
-                await self._free_guest()
+            await self.mechanism.free_guest(self.vm)
             if not await self._is_idle():
                 await self.vm.execute("migrate_cancel")
                 await self._settle()
@@ -628,16 +551,6 @@ class _Attempt:
             if event.name == "RESET":
                 return None
         return self.ready_at_request
-
-    async def _free_guest(self) -> None:
-        """Have QEMU release the guest's memory although the image's disk may not answer.
-
-        The guest may wait for a page with QEMU's big lock held, as when an interrupt is delivered.
-        Then QEMU would not hear of being cancelled before the disk answers.
-        """
-        with contextlib.suppress(QmpError):  # no migration has begun
-            instances = [{"type": "migration"}]
-            await self.vm.qmp.execute("yank", {"instances": instances}, out_of_band=True)
 
     def result(self, image: Path, size: int, sampler: ProgressSampler | None) -> Snapshot:
         assert self.completed is not None
@@ -669,32 +582,6 @@ class _Attempt:
         return None if event is None else event.time_us * 1000 - self.clock_offset_ns
 
 
-def _check_state(how: Method, variant: str, state: str) -> None:
-    """Refuse a snapshot in a run state that QEMU does not take or restore one in.
-
-    :raise SnapshotError: naming the state.
-    """
-    if state == "postmigrate":
-        raise SnapshotError(
-            "QEMU can not migrate a guest twice that has not run in between",
-            "let it run with vm.cont() first, and stop it again if it has to be stopped",
-        )
-    if variant != "unpatched":
-        return  # the patched one refuses by itself what it has to
-    remedy = "let it run with vm.cont() first, or use the patched QEMU"
-    if state in UNTRANSFERABLE or (state == "suspended" and how.mechanism != "background"):
-        # From the latter it would not end before it is to go on.
-        raise SnapshotError(
-            f"the unpatched QEMU would end from migrating a guest in the state {state}", remedy
-        )
-    if how.mechanism == "background" and state not in (*LIVE_STATES, "paused"):
-        raise SnapshotError(
-            f"the unpatched QEMU would end from a {how.name} snapshot of a guest that is stopped "
-            f"in the state {state}",
-            f"take it with stop-and-copy, {remedy}",
-        )
-
-
 _IMAGE_CHANNEL = [
     {
         "channel-type": "main",
@@ -703,20 +590,12 @@ _IMAGE_CHANNEL = [
 ]
 
 
-def _unprotectable_remedy(ram_kind: str) -> str:
-    if ram_kind.startswith("file"):
-        return "set LAB_RAM_DIR to a folder on a tmpfs: files elsewhere can not be protected"
-    return (
-        "run on Linux 5.19 or newer, or use ram_kind anon; see wp-hugetlbfs-shmem in `lab doctor`"
-    )
-
-
 def _states(capabilities: dict[str, bool]) -> list[dict[str, object]]:
     return [{"capability": name, "state": state} for name, state in capabilities.items()]
 
 
 def _is_progress(event: Event) -> bool:
-    return event.name == "MIGRATION" and event.data.get("status") in (*_ENDED, "pre-switchover")
+    return event.name == "MIGRATION" and event.data.get("status") in (*ENDED, "pre-switchover")
 
 
 async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
@@ -741,9 +620,7 @@ def _check_disk(vm: VM, how: Method, image: Path) -> None:
     guest_bytes = vm.machine.ram_mib << 20
     # Pages that were never written are not in the image, and not resident in QEMU either.
     resident = min(guest_bytes, resident_bytes(vm.pid))
-    # Precopy writes a page again whenever the guest has; half more is usual under load.
-    expected = resident * 3 // 2 if how.mechanism == "precopy" else resident
-    expected += QEMU_STATE_BYTES
+    expected = mechanism_of(how, vm.binary.variant).expected_bytes(resident) + QEMU_STATE_BYTES
     room = room_bytes(image.parent)
     if room < expected:
         raise SnapshotError(

@@ -13,8 +13,8 @@ import pytest
 
 from lab.errors import SnapshotError
 from lab.escapes import processes_that_share, require_none
+from lab.mechanisms import mechanism_of
 from lab.scenario import METHODS
-from lab.snapshot import _check_state
 from lab.vm import VM, RamBlock
 
 QUIET_NETWORK = "net: index=0,type=user,net=10.0.2.0,restrict=on\r\n"
@@ -172,9 +172,9 @@ def test_the_unpatched_qemu_is_not_asked_for_what_would_end_it(
 ) -> None:
     """Field report F3."""
     if not refused:
-        _check_state(METHODS[method], variant, state)
+        mechanism_of(METHODS[method], variant).check_state(state)
         return
     with pytest.raises(SnapshotError, match=f"{state}|twice") as caught:
-        _check_state(METHODS[method], variant, state)
+        mechanism_of(METHODS[method], variant).check_state(state)
     assert "\n" not in str(caught.value)
     assert caught.value.remedy

@@ -16,8 +16,9 @@ import pytest_asyncio
 import lab
 from lab import oracle
 from lab.errors import QmpError, RestoreError
+from lab.mechanisms.base import Hold
 from lab.oracle import verify_method
-from lab.snapshot import Hold, Snapshot, take
+from lab.snapshot import Snapshot, take
 from lab.vm import VM
 from tests.vm.bench import Stand, info, is_left_alone, phases, until
 

@@ -25,10 +25,11 @@ import pytest_asyncio
 
 from lab.errors import LabError, QmpError, SnapshotError
 from lab.guest.protocol import PAGE_BYTES, ProgressPage
+from lab.mechanisms.base import Hold
 from lab.oracle import verify_method
 from lab.process import wrapped
 from lab.scenario import MAPPED_RAM, METHODS
-from lab.snapshot import Hold, Snapshot, take
+from lab.snapshot import Snapshot, take
 from lab.vm import VM, file_channel
 from tests.vm.bench import (
     Stand,

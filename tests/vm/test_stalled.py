@@ -14,9 +14,10 @@ import pytest_asyncio
 import lab
 from lab import oracle
 from lab.errors import QmpError
+from lab.mechanisms.base import Hold
 from lab.oracle import verify_method
 from lab.scenario import METHODS
-from lab.snapshot import Hold, Snapshot, take
+from lab.snapshot import Snapshot, take
 from lab.vm import VM
 from tests.vm.bench import (
     Stand,
