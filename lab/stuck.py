@@ -24,6 +24,9 @@ from pathlib import Path
 
 LIMIT_S = 1.0
 POLL_S = 0.05
+LONGEST_LOOK_S = 0.2
+"""What one look may count for: on a busy host the next can be late, and what the snapshot's threads
+did in between, such as waiting for the disk, nobody has seen."""
 
 _WAITS_FOR_A_PAGE = "handle_userfault"
 _SNAPSHOT_THREADS = "mig/"
@@ -120,7 +123,7 @@ class Watch:
     def note(self, now_s: float, sights: list[Sight]) -> None:
         """Take in what all threads do now."""
         self.sees = self.sees or any(sight.waits_in for sight in sights)
-        passed_s = 0.0 if self._then_s is None else now_s - self._then_s
+        passed_s = 0.0 if self._then_s is None else min(now_s - self._then_s, LONGEST_LOOK_S)
         self._then_s = now_s
         if self._suspended:
             return

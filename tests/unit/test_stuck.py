@@ -60,6 +60,12 @@ def test_the_time_in_which_the_disk_does_not_answer_is_not_counted() -> None:
         assert 7 in noted(*looks).stuck
 
 
+def test_what_happens_between_two_looks_that_are_far_apart_is_not_counted() -> None:
+    assert noted(*((t, [VCPU, WRITER]) for t in every(2.0, 6.0))).stuck == {}
+    # Who is stuck is found all the same.
+    assert noted(*((t, [VCPU, WRITER]) for t in every(2.0, 14.0))).stuck == {7: "CPU 0/TCG"}
+
+
 def test_the_time_in_which_the_guest_is_held_is_not_counted() -> None:
     watch = Watch(limit_s=1.0)
     for t in every(0.05, 0.9):
