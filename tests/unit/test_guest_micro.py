@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lab.errors import BuildError, GuestError, HostError, UsageError
 from lab.guest import build, micro, protocol
-from lab.scenario import Machine, Workload, check_fit
+from lab.scenario import Accel, Machine, Workload, WorkloadKind, check_fit
 
 FOLDER = Path(micro.__file__).with_name("microguest")
 
@@ -106,10 +106,10 @@ def test_both_guests_are_made_again_when_what_they_share_changes() -> None:
     st.sampled_from([4, 2048]),
 )
 def test_the_guest_is_told_what_was_asked_for(
-    kind: str, threads: int, accel: str, page_kib: int
+    kind: WorkloadKind, threads: int, accel: Accel, page_kib: int
 ) -> None:
-    machine = Machine(ram_mib=64, vcpus=4, guest="micro", accel=accel)  # type: ignore[arg-type]
-    workload = Workload(kind, wss_mib=16, threads=threads, seed=9, page_kib=page_kib)  # type: ignore[arg-type]
+    machine = Machine(ram_mib=64, vcpus=4, guest="micro", accel=accel)
+    workload = Workload(kind, wss_mib=16, threads=threads, seed=9, page_kib=page_kib)
     check_fit(machine, workload)
     rom = bytes(range(256)) * 256
     told = micro.rom_for(rom, machine, workload)

@@ -324,9 +324,9 @@ async def test_a_snapshot_fails_if_the_kernel_has_merged_for_a_moment(
     async with lab.boot(machine(), WORKLOAD) as vm:
         await begin(vm, method, tmp_path / "a.snap", hold=True)
         await until_status(vm, "pre-switchover")
-        scans = KSM / "full_scans"
-        before = scans.read_text() if scans.exists() else ""
         with merging():
+            scans = KSM / "full_scans"
+            before = scans.read_text()
 
             async def scanned() -> bool:
                 return scans.read_text() != before
