@@ -16,6 +16,7 @@ import mmap
 import os
 import re
 import resource
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -458,18 +459,26 @@ async def test_the_file_that_is_open_a_second_time_can_not_be_closed(
     await next_one_is_right(vm, "live-direct", tmp_path)
 
 
-@pytest.mark.parametrize(("method", "call"), [("live", "truncate"), ("live-direct", "close")])
+def file_system_of(folder: Path) -> str:
+    return subprocess.check_output(["stat", "-f", "-c", "%T", folder], text=True).strip()
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "writes"), [("live", "truncate", 16), ("live-direct", "close", 0)]
+)
 async def test_the_guest_does_not_wait_while_a_failed_snapshot_ends_with_its_file(
-    vm: VM, gates: Gates, method: str, call: str, tmp_path: Path
+    vm: VM, gates: Gates, method: str, call: str, writes: int, tmp_path: Path
 ) -> None:
     """A disk that has failed to write may not answer either when it is told to cut or close."""
+    if file_system_of(tmp_path) == "tmpfs":
+        pytest.skip("no room is reserved on tmpfs, and not every one can be written to directly")
     await begin(vm, method, tmp_path / "image", hold=True)
     await until_status(vm, "pre-switchover")
-    with gates.held(call):
+    # Room is reserved with the first chunk.
+    with gates.held(call), gates.held("write", skip=writes):
         await vm.execute("migrate-continue", {"state": "pre-switchover"})
-        # Room is reserved with the first chunk.
-        await until_phase(vm, "sweep")
-        with gates.failing("write", error=errno.EIO, skip=2):
+        await gates.reached("write")
+        with gates.failing("write", error=errno.EIO):
             await gates.reached(call)
             await works_on(vm)
             await works_on(vm)
