@@ -2,12 +2,14 @@
 of what was done.
 """
 
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 import lab
+from lab.sample import filesystem_of
 from lab.vm import VM
 from tests.vm.bench import begin, ended, is_left_alone, until_status
 
@@ -82,3 +84,27 @@ async def test_phases_follow_each_other_in_the_order_of_the_rfc(vm: VM, tmp_path
             now = phases[name]["end-ns" if name != "resume" else "start-ns"]
     assert phases["sweep"]["start-ns"] >= phases["device-state"]["end-ns"]
     assert phases["sweep"]["end-ns"] <= phases["complete"]["start-ns"]
+
+
+async def test_room_is_reserved_for_all_of_the_image_and_given_back(tmp_path: Path) -> None:
+    """ext4 writes the whole image out when it is closed, if one block of it has no room yet."""
+    if filesystem_of(tmp_path) == "tmpfs":
+        pytest.skip("no room is reserved on tmpfs")
+    trace, image = tmp_path / "trace", tmp_path / "image"
+    machine = lab.Machine(
+        ram_mib=256, extra_args=("-D", str(trace), "-trace", "bg_snapshot_reserve")
+    )
+    async with lab.boot(machine, lab.Workload("random", wss_mib=160)) as vm:
+        await begin(vm, "live", image)
+        await ended(vm, "completed")
+        await is_left_alone(vm)
+
+    pieces = re.findall(r"bg_snapshot_reserve from (\d+), (\d+) bytes", trace.read_text())
+    end = 0
+    for start, size in pieces:
+        assert int(start) == end
+        end += int(size)
+    assert len(pieces) > 1
+    stat = image.stat()
+    assert end >= stat.st_size
+    assert stat.st_blocks * 512 < stat.st_size + (1 << 20)
