@@ -30,6 +30,7 @@ COMMANDS = (
     "restore",
     "measure",
     "floor",
+    "seal",
     "compare",
     "report",
     "reproduce",

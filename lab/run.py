@@ -1,10 +1,10 @@
 """Run sets on disk: create, append, seal, load, upgrade.
 
 A *run* is one boot of one guest with one snapshot taken by one method.  A *run set* is a folder
-of runs that were measured by one plan::
+of runs that were measured by one plan.  While it is recorded::
 
-    data/<set>/
-      set.json              schema "lab.set/1": the plan, its seed, host, binaries, status
+    <set>/
+      set.json              schema "lab.set/2": the plan, its seed, host, binaries, status
       000-live-rfc/
         run.json            schema "lab.run/1": what was asked, where, with what, what came of it
         faults.parquet      tidy tables, one row an event; ns are int64 of the host's
@@ -14,6 +14,9 @@ of runs that were measured by one plan::
         console.log
         SHA256SUMS          of every other file; `sha256sum -c SHA256SUMS` works by hand
       001-background/ ...
+
+When the last run is in, the set is sealed: `lab.sealed` packs its runs into one table of each
+kind and one file of their records.
 
 Rules:
 
@@ -33,6 +36,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -48,9 +52,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lab import sealed
 from lab.columns import COLUMNS
 from lab.display import html_row
-from lab.errors import RunError
+from lab.errors import HostError, RunError
 from lab.files import sha256_of, write_atomically
 from lab.limits import Throttled
 from lab.room import require_room
@@ -58,8 +63,9 @@ from lab.scenario import case_name, recorded_dimension
 from lab.tables import with_marks
 
 RUN_SCHEMA = "lab.run/1"
-SET_SCHEMA = "lab.set/1"
-CHECKSUMS = "SHA256SUMS"
+SET_SCHEMA = "lab.set/2"
+
+log = logging.getLogger(__name__)
 
 Outcome = Literal["ok", "failed", "undecided"]
 
@@ -128,25 +134,37 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class SetRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Contents of set.json (schema "lab.set/1")."""
+    """Contents of set.json (schema "lab.set/2").
+
+    `status`: "complete" has every run, each in its folder; "sealed" has them packed, and `columns`
+    says what the columns of their tables are.
+    """
 
     schema: str
     name: str
     created_utc: str
-    status: Literal["recording", "complete"]
+    status: Literal["recording", "complete", "sealed"]
     plan: dict[str, Any]
     host: dict[str, Any]
     binaries: dict[str, Any]
     lab: dict[str, Any]
+    columns: dict[str, list[ColumnRecord]] = {}
     note: str = ""
 
 
 Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 # version n -> the function that turns a document of version n into one of version n + 1
 RUN_UPGRADES: dict[int, Upgrade] = {}
-SET_UPGRADES: dict[int, Upgrade] = {}
+SET_UPGRADES: dict[int, Upgrade] = {
+    # Schema 2 can be sealed; one of schema 1 never is.
+    1: lambda document: document | {"schema": "lab.set/2"},
+}
 
 _T = TypeVar("_T", RunRecord, SetRecord)
+
+
+def _run_name(record: RunRecord) -> str:
+    return f"{record.order:03d}-{record.method}"
 
 
 def utc_now() -> str:
@@ -220,22 +238,7 @@ def _decode(path: Path, schema: str, upgrades: Mapping[int, Upgrade], kind: type
 
 def _write_table(path: Path, name: str, df: pd.DataFrame) -> TableRecord:
     table = pa.Table.from_pandas(df, preserve_index=False)
-    # Timestamps and addresses come in order or nearly so: differences pack several times better
-    # than values.
-    encodings = {
-        field.name: "DELTA_BINARY_PACKED"
-        for field in table.schema
-        if pa.types.is_integer(field.type) and field.type.bit_width >= 32
-    }
-    dictionary = [field.name for field in table.schema if field.name not in encodings]
-    pq.write_table(
-        table,
-        path,
-        compression="zstd",
-        compression_level=19,
-        use_dictionary=dictionary,
-        column_encoding=encodings,
-    )
+    sealed.write_parquet(path, table)
     documented = COLUMNS.get(name, {})
     columns = [
         ColumnRecord(
@@ -259,9 +262,12 @@ class Run:
     """One loaded run."""
 
     path: Path
+    """Its folder; in a sealed set, where that was."""
     record: RunRecord
     varied: tuple[str, ...] = ()
     """Parameters of which its run set measured several values."""
+    sealed_in: sealed.Sealed | None = None
+    """The sealed set that it is packed in; None: it has its folder."""
 
     @property
     def dimensions(self) -> dict[str, Any]:
@@ -326,6 +332,8 @@ class Run:
                 f"run {self.name} has no table {table!r} (it has: {have})",
                 "choose a run that recorded it",
             )
+        if self.sealed_in is not None:
+            return self.sealed_in.df(table, self.record.order)
         path = self.path / self.record.tables[table].file
         try:
             frame: pd.DataFrame = pq.read_table(path).to_pandas()
@@ -359,12 +367,33 @@ class Run:
         """Phases of the snapshot, by the engine's own clock."""
         return self._marked("phases")
 
+    def log(self, file: str) -> bytes:
+        """What one of its processes said, of `record.files`: `qemu.log`, `console.log`.
+
+        Raises RunError when this run recorded no such file.
+        """
+        if file not in self.record.files:
+            have = ", ".join(self.record.files) or "none"
+            raise RunError(f"run {self.name} has no {file} (it has: {have})", "name one of those")
+        if self.sealed_in is not None:
+            return self.sealed_in.logs(self.record.order)[file]
+        path = self.path / file
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise RunError(
+                f"cannot read {path}: {error.strerror}", "load the set again, or restore the file"
+            ) from error
+
     def verify(self) -> None:
-        """Check the folder against its checksums.
+        """Check its files, in a sealed set those of all runs, against their checksums.
 
         Raises RunError that names the first file that is missing, added or changed.
         """
-        verify_checksums(self.path)
+        if self.sealed_in is not None:
+            self.sealed_in.verify()
+        else:
+            verify_checksums(self.path)
 
     def __repr__(self) -> str:
         return f"<Run {self.name} {self.record.outcome}>"
@@ -388,18 +417,8 @@ def held_back_text(runs: Sequence[Run], samples: str = "boots") -> list[str]:
 
 def verify_checksums(folder: Path) -> None:
     """Raise RunError unless `folder` holds exactly the files its SHA256SUMS lists, unchanged."""
-    sums = folder / CHECKSUMS
-    try:
-        lines = sums.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise RunError(
-            f"{folder} has no readable {CHECKSUMS}", "restore it from its source"
-        ) from error
-    listed = {}
-    for line in lines:
-        digest, _, name = line.partition("  ")
-        listed[name] = digest
-    present = {path.name for path in folder.iterdir()} - {CHECKSUMS}
+    listed = sealed.listed_sums(folder)
+    present = {path.name for path in folder.iterdir()} - {sealed.CHECKSUMS}
     for name in sorted(present | set(listed)):
         if name not in present:
             raise RunError(f"{folder / name} is missing", "restore the run from its source")
@@ -446,7 +465,7 @@ class RunSet:
 
     @property
     def complete(self) -> bool:
-        return self.record.status == "complete"
+        return self.record.status != "recording"
 
     def __iter__(self) -> Iterator[Run]:
         return iter(self.runs)
@@ -553,7 +572,7 @@ class RunSet:
         size += sum(map(len, logs.values()))
         remedy = "free some disk space; the same command then goes on with the set"
         require_room(self.path, size, "a recorded run", remedy)
-        name = f"{record.order:03d}-{record.method}"
+        name = _run_name(record)
         final = self.path / name
         if final.exists():
             raise RunError(
@@ -573,8 +592,7 @@ class RunSet:
                 (partial / file).write_bytes(text)
             record = msgspec.structs.replace(record, tables=stored, files=sorted(logs))
             (partial / "run.json").write_bytes(_encode(record))
-            sums = "".join(f"{sha256_of(p)}  {p.name}\n" for p in sorted(partial.iterdir()))
-            (partial / CHECKSUMS).write_text(sums, encoding="utf-8")
+            (partial / sealed.CHECKSUMS).write_text(sealed.sums_text(partial), encoding="utf-8")
             _seal(partial)
             partial.rename(final)
         except BaseException:
@@ -586,10 +604,55 @@ class RunSet:
         return run
 
     def finish(self) -> None:
-        """Mark the set complete and seal set.json."""
-        self.record = msgspec.structs.replace(self.record, status="complete")
-        write_atomically(self.path / "set.json", _encode(self.record))
+        """Mark the set complete, and seal it.  The caller holds `lock`.
+
+        Where it cannot be sealed, it stays complete as it is, and a warning says why.
+        """
+        self._restate(msgspec.structs.replace(self.record, status="complete"))
+        try:
+            self.seal()
+        except (RunError, HostError) as error:
+            log.warning("%s is complete and not sealed: %s", self.path, error)
+
+    def _restate(self, record: SetRecord) -> None:
+        self.record = record
+        write_atomically(self.path / "set.json", _encode(record))
         (self.path / "set.json").chmod(0o444)
+
+    def seal(self) -> None:
+        """Pack a complete set into a few files (`lab.sealed`).  The caller holds `lock`.
+
+        Raises RunError when the set is not complete, is sealed already or was not read back as it
+        was; HostError when the disk has no room for it.  The set then stays as it is.
+        """
+        if self.record.status != "complete":
+            remedy = "the command that began it goes on with it"
+            if self.complete:
+                remedy = "there is nothing left to do"
+            raise RunError(f"{self.path} is {self.record.status}, and cannot be sealed", remedy)
+        size = sum(file.stat().st_size for run in self.runs for file in run.path.iterdir())
+        require_room(self.path, size, "a sealed run set", "free some disk space; then `lab seal`")
+        packed = [
+            sealed.Packed(
+                document=msgspec.json.decode(msgspec.json.encode(run.record)),
+                tables={
+                    name: pq.read_table(run.path / table.file)
+                    for name, table in run.record.tables.items()
+                },
+                logs={file: run.log(file) for file in run.record.files},
+            )
+            for run in self.runs
+        ]
+        columns: dict[str, list[ColumnRecord]] = {}
+        for run in self.runs:
+            for name, table in run.record.tables.items():
+                columns.setdefault(name, table.columns)
+        record = msgspec.structs.replace(
+            self.record, schema=SET_SCHEMA, status="sealed", columns=columns
+        )
+        sealed.pack(self.path, _encode(record), packed)
+        self.record = record
+        self.runs = _sealed_runs(self)
 
 
 def create_set(
@@ -624,16 +687,65 @@ def create_set(
     return RunSet(path, record, [])
 
 
-def load_set(path: Path | str, *, verify: bool = True) -> RunSet:
-    """Load a run set, complete or still being recorded.
+def _sealed_runs(run_set: RunSet) -> list[Run]:
+    store = sealed.Sealed(run_set.path)
+    runs = []
+    for document in store.documents():
+        try:
+            document["tables"] = {
+                name: TableRecord(
+                    file=f"{name}.parquet", rows=rows, columns=run_set.record.columns[name]
+                )
+                for name, rows in document["tables"].items()
+            }
+            record = msgspec.convert(document, RunRecord)
+        except (msgspec.ValidationError, KeyError) as error:
+            raise RunError(
+                f"{store.folder / sealed.RUNS} is damaged: {error}", "restore it from its source"
+            ) from error
+        folder = run_set.path / _run_name(record)
+        runs.append(Run(folder, record, run_set.varied, store))
+    return runs
 
-    Raises RunError: no such set, damaged, a run changed since it was recorded, or a newer schema.
+
+def load_set(path: Path | str, *, verify: bool = True) -> RunSet:
+    """Load a run set: sealed, complete or still being recorded.
+
+    Raises RunError: no such set, damaged, half sealed, a run changed since it was recorded, or a
+    newer schema.
     """
     path = Path(path)
     record = _decode(path / "set.json", SET_SCHEMA, SET_UPGRADES, SetRecord)
-    folders = sorted(p.parent for p in path.glob("[0-9]*-*/run.json"))
-    runs = [load_run(folder, verify=verify) for folder in folders]
-    runs.sort(key=lambda run: run.record.order)
     made = RunSet(path, record, [])
+    if record.status == "sealed":
+        if sealed.run_folders(path):
+            raise RunError(
+                f"{path} was interrupted while it was sealed", f"`lab seal {path}` ends it"
+            )
+        if verify:
+            sealed.Sealed(path).verify()
+        made.runs += _sealed_runs(made)
+        return made
+    runs = [load_run(folder, verify=verify) for folder in sealed.run_folders(path)]
+    runs.sort(key=lambda run: run.record.order)
     made.runs += [dataclasses.replace(run, varied=made.varied) for run in runs]
     return made
+
+
+def seal_set(path: Path | str) -> RunSet:
+    """Seal a complete set, of any schema, or end what was interrupted; return the sealed set.
+
+    Raises RunError: no such set, damaged, not complete, or in use by another process; HostError
+    when the disk has no room for it.
+    """
+    path = Path(path)
+    record = _decode(path / "set.json", SET_SCHEMA, SET_UPGRADES, SetRecord)
+    if record.status == "sealed" and sealed.run_folders(path):
+        with RunSet(path, record, []).lock():
+            sealed.Sealed(path).verify()
+            sealed.clear(path)
+        return load_set(path)
+    found = load_set(path)
+    with found.lock():
+        found.seal()
+    return found

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lab import columns, run, tables
+from lab import columns, run, sealed, tables
 from lab.errors import HostError, RunError
 
 GOLDEN = Path(__file__).parent / "data" / "synthetic-run-set-schema-1"
@@ -44,21 +44,21 @@ def test_every_stored_column_is_documented(make_synthetic_set: MakeSet) -> None:
 def test_recorded_files_are_read_only_and_match_their_checksums(
     make_synthetic_set: MakeSet,
 ) -> None:
-    made = make_synthetic_set()
-    for path in made.path.rglob("*"):
-        if path.is_file():
+    unsealed = make_synthetic_set("unsealed", finish=False).runs[0].path
+    for folder in (unsealed, make_synthetic_set().path):
+        for path in folder.iterdir():
             assert not path.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH), path
-    done = subprocess.run(
-        ["sha256sum", "--check", "--quiet", run.CHECKSUMS], cwd=made.runs[0].path, check=False
-    )
-    assert done.returncode == 0
+        done = subprocess.run(
+            ["sha256sum", "--check", "--quiet", sealed.CHECKSUMS], cwd=folder, check=False
+        )
+        assert done.returncode == 0
 
 
 def test_writing_the_same_table_twice_gives_the_same_bytes(make_synthetic_set: MakeSet) -> None:
-    a, b = make_synthetic_set("a"), make_synthetic_set("b")
-    for name in ("faults.parquet", "progress.parquet", "phases.parquet"):
-        left, right = a.runs[0].path / name, b.runs[0].path / name
-        assert left.read_bytes() == right.read_bytes()
+    for finish, folder in ((False, "000-live-rfc"), (True, ".")):
+        a, b = (make_synthetic_set(f"{name}-{finish}", finish=finish).path for name in "ab")
+        for name in ("faults.parquet", "progress.parquet", "phases.parquet"):
+            assert (a / folder / name).read_bytes() == (b / folder / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ def test_writing_the_same_table_twice_gives_the_same_bytes(make_synthetic_set: M
         (lambda folder: (folder / "faults.parquet").unlink(), "faults.parquet is missing"),
         (lambda folder: (folder / "extra").write_text("x"), "extra does not belong"),
         (lambda folder: _rewrite(folder / "qemu.log", b"else"), "qemu.log has changed"),
-        (lambda folder: (folder / run.CHECKSUMS).unlink(), "no readable SHA256SUMS"),
+        (lambda folder: (folder / sealed.CHECKSUMS).unlink(), "no readable SHA256SUMS"),
     ],
 )
 def test_a_run_that_was_changed_is_refused(
     make_synthetic_set: MakeSet, damage: Callable[[Path], None], message: str
 ) -> None:
-    folder = make_synthetic_set().runs[0].path
+    folder = make_synthetic_set(finish=False).runs[0].path
     damage(folder)
     with pytest.raises(RunError, match=message):
         run.load_run(folder)
@@ -103,7 +103,7 @@ def _edit(folder: Path, **changes: Any) -> None:
 def test_a_record_that_does_not_fit_the_schema_is_refused_by_name(
     make_synthetic_set: MakeSet, changes: dict[str, Any], message: str
 ) -> None:
-    folder = make_synthetic_set().runs[0].path
+    folder = make_synthetic_set(finish=False).runs[0].path
     _edit(folder, **changes)
     with pytest.raises(RunError, match=message) as caught:
         run.load_run(folder, verify=False)
@@ -113,7 +113,7 @@ def test_a_record_that_does_not_fit_the_schema_is_refused_by_name(
 def test_an_older_schema_is_upgraded_step_by_step(
     make_synthetic_set: MakeSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = make_synthetic_set().runs[0].path
+    folder = make_synthetic_set(finish=False).runs[0].path
     monkeypatch.setattr(run, "RUN_SCHEMA", "lab.run/3")
     monkeypatch.setitem(run.RUN_UPGRADES, 1, lambda d: d | {"note": d["note"] + " one"})
     monkeypatch.setitem(run.RUN_UPGRADES, 2, lambda d: d | {"note": d["note"] + " two"})
@@ -197,7 +197,8 @@ def test_not_a_number_is_stored_as_null() -> None:
 
 def test_the_golden_set_of_schema_1_opens() -> None:
     golden = run.load_set(GOLDEN)
-    assert golden.record.schema == "lab.set/1"
+    assert json.loads((GOLDEN / "set.json").read_bytes())["schema"] == "lab.set/1"
+    assert golden.record.schema == "lab.set/2"
     assert len(golden) == 3
     assert "SYNTHETIC" in golden.record.note
     live = golden.measured("live-rfc")[0]
