@@ -8,8 +8,8 @@ An iteration is `equal`, or `differs` when the oracle says so, or `failed` when 
 boot or go on, the snapshot could not be taken or restored, or a thread of QEMU waited for a page
 that nobody released (`lab.stuck`).  Either of the latter ends its trial, because nothing is known
 about that guest any more; the soak goes on with the next.  A guest that is silent at boot is booted
-once more; what is recorded of the first time, `no-guest`, has the number of the iteration that
-follows.
+once more, also when it boots only after its snapshot was taken in `prelaunch`; what is recorded of
+the first time, `no-guest`, has the number of the iteration that follows.
 """
 
 import asyncio
@@ -200,7 +200,7 @@ async def soak(
                     if end_s is not None and loop.time() >= end_s:
                         return
                     on_start(number, trial, shot)
-                    result = await _verified(guests, shot, number)
+                    result = await _verified(guests, shot, number, on_result)
                     on_result(result)
                     if number == iterations:
                         return
@@ -302,7 +302,9 @@ def _remove(image: Path) -> None:
     sidecar_path(image).unlink(missing_ok=True)
 
 
-async def _verified(guests: _Guests, shot: int, number: int) -> Result:
+async def _verified(
+    guests: _Guests, shot: int, number: int, on_result: Callable[[Result], None]
+) -> Result:
     trial = guests.trial
     how = trial.shots[shot - 1]
     try:
@@ -331,7 +333,16 @@ async def _verified(guests: _Guests, shot: int, number: int) -> Result:
         if found.equal:
             if how.state != "running":
                 await vm.cont()
-            await vm.wait_ready()
+            try:
+                await vm.wait_ready()
+            except GuestSilentError as error:
+                if how.state != "prelaunch":
+                    raise
+                # It boots only now, and may hang as any other does: see `_Guests.boot`.
+                silent = _result(trial, shot, number, "no-guest", str(error), guests=guests)
+                on_result(silent)
+                await vm.reset()
+                await vm.wait_ready()
             await _goes_on(vm)
             await _is_whole(vm)
     except (HostError, UsageError):

@@ -18,7 +18,7 @@ import lab.__main__ as command_line
 from lab.draw import MAX_RAM_MIB, VERSION, Choice, Offer, Trial, draw
 from lab.scenario import METHODS
 from lab.tally import read_record
-from lab.vm import BOOT_TIMEOUT_S
+from lab.vm import BOOT_TIMEOUT_S, VM
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg")]
 
@@ -190,6 +190,28 @@ def test_a_guest_that_is_silent_at_boot_is_noted_and_booted_once_more(
     ]
     assert "silent for 0.3 s" in results[0].detail
     assert re.search(r"vCPU 0 (runs|halted) at [0-9a-f]+", results[0].detail)
+
+
+@pytest.mark.thorough
+def test_a_guest_that_is_silent_when_it_boots_after_its_snapshot_is_noted_and_booted_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_ready, calls = VM.wait_ready, 0
+
+    async def impatient(vm: VM, timeout_s: float = BOOT_TIMEOUT_S) -> None:
+        nonlocal calls
+        calls += vm._ready is None
+        # The first is when the trial boots its guest.
+        await wait_ready(vm, 0.3 if calls == 2 else timeout_s)
+
+    monkeypatch.setattr(VM, "wait_ready", impatient)
+    out = tmp_path / "record.jsonl"
+    arguments = ["--seed=2", "--iterations=1", "--method=live", "--ram-kind=anon"]
+    assert command_line.main(["soak", *arguments, "--state=prelaunch", f"--out={out}"]) == 0
+    results = read_record(out)
+    assert [result.outcome for result in results] == ["no-guest", "equal"]
+    assert [result.state for result in results] == ["prelaunch", "prelaunch"]
+    assert "silent for 0.3 s" in results[0].detail
 
 
 def test_stop_ends_a_soak_and_leaves_its_record_and_nothing_else(tmp_path: Path) -> None:
