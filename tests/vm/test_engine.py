@@ -91,9 +91,9 @@ async def test_room_is_reserved_for_all_of_the_image_and_given_back(tmp_path: Pa
     if filesystem_of(tmp_path) == "tmpfs":
         pytest.skip("no room is reserved on tmpfs")
     trace, image = tmp_path / "trace", tmp_path / "image"
-    machine = lab.Machine(
-        ram_mib=256, extra_args=("-D", str(trace), "-trace", "bg_snapshot_reserve")
-    )
+    # It goes to the log, and to a file of its own, in the current folder if none is named.
+    event = f"enable=bg_snapshot_reserve,file={tmp_path / 'simple'}"
+    machine = lab.Machine(ram_mib=256, extra_args=("-D", str(trace), "-trace", event))
     async with lab.boot(machine, lab.Workload("random", wss_mib=160)) as vm:
         await begin(vm, "live", image)
         await ended(vm, "completed")
