@@ -611,7 +611,7 @@ class RunSet:
         self._restate(msgspec.structs.replace(self.record, status="complete"))
         try:
             self.seal()
-        except (RunError, HostError) as error:
+        except (RunError, HostError, OSError) as error:
             log.warning("%s is complete and not sealed: %s", self.path, error)
 
     def _restate(self, record: SetRecord) -> None:

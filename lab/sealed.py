@@ -18,6 +18,7 @@ Nothing is lost: `pack` reads everything back and compares before a single run i
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,11 @@ def _shorten(name: str, table: pa.Table) -> pa.Table:
         values = table[column]
         if not pa.types.is_integer(values.type):
             continue
-        difference = pc.subtract(values.cast(pa.int64()), _expected(table, terms))
+        try:
+            difference = pc.subtract(values.cast(pa.int64()), _expected(table, terms))
+        except pa.ArrowInvalid:
+            # A value of which no int64 can be made.
+            continue
         if difference.null_count == values.null_count:
             field = pa.field(
                 _difference_name(column, terms), pa.int64(), metadata={_TYPE: str(values.type)}
@@ -147,7 +152,9 @@ def _pandas_of(table: pa.Table) -> bytes:
 
 
 def _common(documents: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    common = {}
+    common: dict[str, dict[str, Any]] = {}
+    if not documents:
+        return common
     for part in _SHARED:
         first = documents[0][part]
         common[part] = {
@@ -216,19 +223,34 @@ def pack(folder: Path, set_document: bytes, runs: Sequence[Packed]) -> None:
         ]
         if logs:
             write_parquet(partial / f"{LOGS}.parquet", pa.Table.from_pylist(logs))
-        if runs:
-            (partial / RUNS).write_bytes(_runs_json(runs))
+        (partial / RUNS).write_bytes(_runs_json(runs))
         (partial / "set.json").write_bytes(set_document)
         _compare(Sealed(partial), runs)
         (partial / CHECKSUMS).write_text(sums_text(partial), encoding="utf-8")
         for path in partial.iterdir():
             path.chmod(0o444)
+            _on_disk(path)
         # The set is a sealed one from when its set.json says so.
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "set.json"):
             path.replace(folder / path.name)
+        _on_disk(folder)
+    except pa.ArrowException as error:
+        raise RunError(
+            f"the tables of {folder} cannot be packed: {error}",
+            "the set is left as it was, run by run; report this",
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     clear(folder)
+
+
+def _on_disk(path: Path) -> None:
+    """Have a file, or what a folder lists, on the disk before the runs are removed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def clear(folder: Path) -> None:
@@ -238,7 +260,7 @@ def clear(folder: Path) -> None:
 
 
 def _compare(sealed: Sealed, runs: Sequence[Packed]) -> None:
-    read = {document["order"]: document for document in sealed.documents()} if runs else {}
+    read = {document["order"]: document for document in sealed.documents()}
     for run in runs:
         order = run.order
         same = {**read[order], "tables": None} == {**run.document, "tables": None}

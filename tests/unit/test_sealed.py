@@ -285,6 +285,35 @@ def test_one_that_cannot_be_sealed_is_complete_all_the_same(
     assert_same(expected, run.seal_set(made.path))
 
 
+def test_one_without_runs_is_sealed_too(tmp_path: Path) -> None:
+    made = run.create_set(tmp_path / "none", plan={}, host={}, binaries={}, lab={})
+    made.finish()
+    assert made.record.status == "sealed"
+    assert len(run.load_set(made.path)) == 0
+
+
+def test_tables_that_do_not_go_together_are_kept_run_by_run(
+    make_record: MakeRecord, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = run.create_set(tmp_path / "set", plan={}, host={}, binaries={}, lab={})
+    made.append(make_record("live", 0), {"faults": pd.DataFrame({"gpa": [1, 2]})})
+    made.append(make_record("live", 1), {"faults": pd.DataFrame({"gpa": ["one"]})})
+    made.finish()
+    assert "cannot be packed" in caplog.text
+    left = run.load_set(made.path)
+    assert left.record.status == "complete"
+    assert left.runs[1].df("faults")["gpa"].tolist() == ["one"]
+
+
+def test_addresses_beyond_63_bits_come_back(make_record: MakeRecord, tmp_path: Path) -> None:
+    made = run.create_set(tmp_path / "set", plan={}, host={}, binaries={}, lab={})
+    high = pd.DataFrame({"gpa": np.array([1 << 63], "u8"), "offset": np.array([0], "u8")})
+    made.append(make_record("live", 0), {"faults": high})
+    made.finish()
+    assert made.record.status == "sealed"
+    assert run.load_set(made.path).runs[0].df("faults")["gpa"].tolist() == [1 << 63]
+
+
 def test_runs_are_kept_when_what_was_written_does_not_read_back(
     make_synthetic_set: MakeSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
