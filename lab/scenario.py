@@ -129,7 +129,7 @@ class Machine:
 
     `guest` is what runs in it: a Linux that runs the workload as a program, or the microguest,
     which is the workload and nothing else: no kernel, no devices, and a vCPU for each writer.  It
-    boots in a tenth of a second, and is the one guest that runs under a KVM that is PVM.
+    boots in 30 to 70 ms, and is the one guest that runs under a KVM that is PVM.
 
     `accel` "auto" is KVM where a guest of this kind is seen to run under it, and TCG elsewhere;
     `lab.accelerator` finds out, and a machine that runs has the one or the other.
