@@ -352,7 +352,7 @@ _METRICS = (
         "float64",
         "us",
         "median of latency_ns over the faults that their reader saw released",
-        title="fault p50 us",
+        title="fault p50 µs",
         short=True,
     ),
     Metric(
@@ -360,10 +360,10 @@ _METRICS = (
         "float64",
         "us",
         "99 % quantile of the same",
-        title="fault p99 us",
+        title="fault p99 µs",
         short=True,
     ),
-    Metric("fault_max_us", "float64", "us", "largest of the same", title="fault max us"),
+    Metric("fault_max_us", "float64", "us", "largest of the same", title="fault max µs"),
     Metric(
         "known_faults_logged",
         "int64",
@@ -400,7 +400,7 @@ _METRICS = (
         "1",
         "guest operations between request and completion that took longer than 4 us by the "
         "guest's clock; null unless the guest timed them",
-        title="stalls > 4 us",
+        title="stalls > 4 µs",
     ),
     Metric(
         "stall_sum_ms",
@@ -409,10 +409,10 @@ _METRICS = (
         "all of these together, summed over the guest's writers",
         title="stall sum ms",
     ),
-    Metric("stall_p50_us", "float64", "us", "median of them", title="stall p50 us"),
-    Metric("stall_p99_us", "float64", "us", "99 % quantile of the same", title="stall p99 us"),
-    Metric("stall_p999_us", "float64", "us", "99.9 % quantile of the same", title="stall p99.9 us"),
-    Metric("stall_max_us", "float64", "us", "longest of the same", title="stall max us"),
+    Metric("stall_p50_us", "float64", "us", "median of them", title="stall p50 µs"),
+    Metric("stall_p99_us", "float64", "us", "99 % quantile of the same", title="stall p99 µs"),
+    Metric("stall_p999_us", "float64", "us", "99.9 % quantile of the same", title="stall p99.9 µs"),
+    Metric("stall_max_us", "float64", "us", "longest of the same", title="stall max µs"),
     Metric(
         "qemu_cpu_ms",
         "float64",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -52,6 +53,22 @@ def plot_slowdown(
     :raise UsageError: a table does not say what it is of, or has too little before the request to
         know the rate by.
     """
+    drawn = _rates(progress, labels, bin_ms)
+    return plots.plot_rates(
+        drawn.rates, pauses_ms=drawn.pauses_ms, styles=drawn.styles, thick=thick, ax=ax
+    )
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Guest speed around some snapshots, as `lab.plots` draws it: all by label."""
+
+    rates: Mapping[str, pd.DataFrame]
+    pauses_ms: Mapping[str, tuple[float, float]]
+    styles: Mapping[str, plots.CaseStyle]
+
+
+def _rates(progress: Sequence[pd.DataFrame], labels: Sequence[str] | None, bin_ms: float) -> _Rates:
     rates: dict[str, pd.DataFrame] = {}
     pauses: dict[str, tuple[float, float]] = {}
     cases: dict[str, Mapping[str, Any]] = {}
@@ -81,7 +98,7 @@ def plot_slowdown(
             start_ms, end_ms = ((at - request) / tables.NS_PER_MS for at in (stop, resume))
             pauses[label] = (start_ms, end_ms)
     styles = dict(zip(cases, plots.case_styles(list(cases.values())), strict=True))
-    return plots.plot_rates(rates, pauses_ms=pauses, styles=styles, thick=thick, ax=ax)
+    return _Rates(rates, pauses, styles)
 
 
 def _has_rate(run: Run) -> bool:
@@ -93,16 +110,26 @@ def slowdown_figure(
     methods: Sequence[str] | None = None,
     *,
     bin_ms: float = SLOWDOWN_BIN_MS,
-    ax: Axes | None = None,
-) -> Axes:
-    """Guest speed around the snapshot, the typical run of each case."""
+) -> list[Axes]:
+    """Guest speed around the snapshot, the typical run of each case: a row per case."""
     runs = [typical_run(run_set, case) for case in methods or run_set.cases]
     runs = [run for run in runs if _has_rate(run)]
-    boots = [run.df_progress() for run in runs]
-    ax = plot_slowdown(*boots, bin_ms=bin_ms, ax=ax)
+    drawn = _rates([run.df_progress() for run in runs], None, bin_ms)
     longest = max((float(run.summary.get("duration_ms") or 0) for run in runs), default=0.0)
-    ax.set_xlim(-0.1 * longest - 20, 1.25 * longest + 100)
-    return plots.stamp(ax, plots.stamp_text(run_set, drawn=runs))
+    lost = {
+        label: float(run.summary["lost_work_ms"])
+        for label, run in zip(drawn.rates, runs, strict=True)
+        if run.summary.get("lost_work_ms") is not None
+    }
+    axes = plots.plot_rate_rows(
+        drawn.rates,
+        pauses_ms=drawn.pauses_ms,
+        lost_ms=lost,
+        styles=drawn.styles,
+        until_ms=1.25 * longest + 100,
+    )
+    plots.stamp(axes[-1], plots.stamp_text(run_set, drawn=runs))
+    return axes
 
 
 def slowdown_boots_figure(

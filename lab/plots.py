@@ -325,7 +325,7 @@ def plot_fault_histogram(
         ax.hist(values, bins=edges.tolist(), color=COLOURS[0])
         for q, style in ((0.5, "-"), (0.99, "--")):
             at = quantile(values, q)
-            ax.axvline(at, color=COLOURS[1], linestyle=style, label=f"p{q * 100:g} = {at:.3g} us")
+            ax.axvline(at, color=COLOURS[1], linestyle=style, label=f"p{q * 100:g} = {at:.3g} µs")
         ax.legend()
     _log_us(ax)
     ax.set_ylabel("faults")
@@ -356,7 +356,7 @@ def _latencies(faults: pd.DataFrame) -> pd.DataFrame:
 def _log_us(ax: Axes) -> None:
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(_plain))
-    ax.set_xlabel("from fault message read to page released, us (handler's side)")
+    ax.set_xlabel("from fault message read to page released, µs (handler's side)")
 
 
 def plot_rates(
@@ -403,6 +403,54 @@ def plot_rates(
     ax.set_title("Guest speed around the snapshot (bars: VM paused)", pad=8 + 6 * len(rates))
     _legend(ax, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
+
+
+def plot_rate_rows(
+    rates: Mapping[str, pd.DataFrame],
+    *,
+    pauses_ms: Mapping[str, tuple[float, float]],
+    lost_ms: Mapping[str, float],
+    styles: Mapping[str, CaseStyle],
+    until_ms: float,
+) -> list[Axes]:
+    """Guest speed against time around the snapshot, a row per run below each other.
+
+    What the guest lost is filled, the pause is a dark band, and the lost work stands at the right.
+
+    :param rates: label -> `lab.tables.df_rate`.
+    :param pauses_ms: label -> start and end of the pause since the request.
+    :param lost_ms: label -> lost work (`lab.tables.slowdown`).
+    :param styles: label -> how its case looks.
+    :param until_ms: how far the axis goes, since the request.
+    """
+    size = (7.6, 1.1 + 0.72 * max(len(rates), 1))
+    first_ms = -0.08 * until_ms - 20
+    with styled():
+        shape: dict[str, Any] = {"sharex": True, "sharey": True, "squeeze": False}
+        axes: list[Axes] = plt.subplots(max(len(rates), 1), 1, figsize=size, **shape)[1][:, 0]
+    for ax, (label, rate) in zip(axes, rates.items(), strict=False):
+        style = styles[label]
+        ms, percent = rate["ms"].to_numpy(), 100 * rate["share"].to_numpy()
+        ax.plot(ms, percent, **(style.line | {"label": label, "linewidth": 1.0}))
+        lost = (ms >= 0) & (percent < 100)
+        ax.fill_between(ms, percent, 100, where=lost, color=style.colour, alpha=0.2, linewidth=0)
+        if label in pauses_ms:
+            start, end = pauses_ms[label]
+            # A pause of 2 ms would be thinner than a pixel.
+            end = max(end, start + 0.003 * (until_ms - first_ms))
+            ax.axvspan(start, end, color="#333333", linewidth=0, zorder=3)
+        beside: dict[str, Any] = {"transform": ax.transAxes, "fontsize": 8, "va": "center"}
+        ax.text(1.015, 0.68, label, color=style.colour, **beside)
+        if label in lost_ms:
+            ax.text(1.015, 0.28, f"lost {lost_ms[label]:,.0f} ms", color="#555555", **beside)
+        ax.axhline(100, color="#999999", linewidth=0.8, zorder=0)
+        ax.set_ylim(0, 135)
+        ax.set_yticks([0, 50, 100])
+    axes[0].set_xlim(first_ms, until_ms)
+    axes[0].set_title("Guest speed around the snapshot (dark: VM paused, filled: work lost)")
+    axes[len(axes) // 2].set_ylabel("guest speed, % of before")
+    axes[-1].set_xlabel("since the request, ms")
+    return list(axes)
 
 
 def plot_phases(phases: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -498,7 +546,7 @@ def plot_fault_stages(stages: pd.DataFrame, *, axes: Sequence[Axes] | None = Non
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(FuncFormatter(_plain))
         ax.set_title(name)
-        ax.set_xlabel("us")
+        ax.set_xlabel("µs")
     if cases:
         # The same in every panel, so it is said once.
         _legend(drawn[-1], below=drawn[0], loc="lower right", fontsize=7)
@@ -510,9 +558,15 @@ def plot_fault_stages(stages: pd.DataFrame, *, axes: Sequence[Axes] | None = Non
 def _panels(count: int) -> list[Axes]:
     """So many axes beside each other, in a figure of their own."""
     with styled():
-        size = (2.6 * count + 0.5, 2.9)
+        size = (2.6 * count + 2.0, 2.9)
         axes: list[Axes] = np.atleast_1d(plt.subplots(1, count, figsize=size)[1]).tolist()
     return axes
+
+
+def _legend_beside(drawn: Sequence[Axes]) -> None:
+    """The legend of a row of panels to the right of them, where it hides no point."""
+    where: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    drawn[-1].legend(*drawn[0].get_legend_handles_labels(), fontsize=7, **where)
 
 
 def _log_y(ax: Axes, values: pd.Series[float]) -> None:
@@ -584,7 +638,7 @@ def plot_varied(
         ax.set_title(f"{title} ({hidden} not shown)" if hidden else title, fontsize=9)
         ax.tick_params(labelsize=8)
     if len(groups) > 1:
-        drawn[0].legend(fontsize=7)
+        _legend_beside(drawn)
     return drawn
 
 
@@ -628,7 +682,7 @@ def plot_against(
         ax.set_title(f"{title} ({hidden} not shown)" if hidden else title, fontsize=9)
         ax.tick_params(labelsize=8)
     if len(methods) > 1:
-        drawn[0].legend(fontsize=7)
+        _legend_beside(drawn)
     return drawn
 
 
@@ -779,7 +833,7 @@ def plot_floor(medians: pd.DataFrame, *, per_gib: bool = False, ax: Axes | None 
     ax.set_ylim(len(names) - 0.5, -0.5)
     _log_x(ax, pd.concat([low, high]))
     ax.grid(visible=False, axis="y")
-    ax.set_xlabel("ms a GiB" if per_gib else "us")
+    ax.set_xlabel("ms per GiB" if per_gib else "µs")
     return ax
 
 
@@ -812,7 +866,7 @@ def plot_faults_over_time(faults: pd.DataFrame, *, ax: Axes | None = None) -> Ax
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(FuncFormatter(_plain))
     ax.set_xlabel(f"since the {since}, ms")
-    ax.set_ylabel("latency, us")
+    ax.set_ylabel("latency, µs")
     ax.set_title("Each fault: when it came and how long it took")
     if ax.get_legend_handles_labels()[0]:
         ax.legend(markerscale=6, loc="upper right")
@@ -847,7 +901,7 @@ def plot_faults_by_depth(faults: pd.DataFrame, *, ax: Axes | None = None) -> Axe
         axis.set_major_formatter(FuncFormatter(_plain))
     ax.yaxis.set_minor_formatter(FuncFormatter(_plain))
     ax.set_xlabel("faults, or pages copied aside, that waited for the snapshot thread")
-    ax.set_ylabel("latency, us")
+    ax.set_ylabel("latency, µs")
     ax.set_title("Fault latency against the queue (median, 10 to 90 %)")
     if len(data):
         ax.legend()
@@ -903,8 +957,8 @@ def plot_stalls(stalls: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(_plain))
-    ax.set_xlabel("duration of an operation, us (the guest's clock)")
-    ax.set_ylabel("operations a second that took longer")
+    ax.set_xlabel("duration of an operation, µs (the guest's clock)")
+    ax.set_ylabel("operations per second that took longer")
     ax.set_title("What the guest's own operations took")
     if labelled:
         _legend(ax, loc="lower left")
@@ -922,7 +976,7 @@ def plot_waits(waits: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             _step_up(ax, part[column], label, style.line | {"linestyle": dash}, 1.5)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(_plain))
-    ax.set_xlabel("us: the guest's write, by its clock (solid); the handler's part (dotted)")
+    ax.set_xlabel("µs: the guest's write, by its clock (solid); the handler's part (dotted)")
     ax.set_ylim(0, 1.01)
     ax.set_ylabel("share of faults")
     ax.set_title("What the guest waits for a page")

@@ -290,7 +290,7 @@ _FIGURES = (
         title="The guest around the snapshot",
         needs="slowdown",
         draw=figures.slowdown_figure,
-        caption="One boot a method, the one of median duration: operations that the guest "
+        caption="One boot per method, the one of median duration: operations that the guest "
         f"completed in each bin of {figures.SLOWDOWN_BIN_MS:g} ms, by a counter in its memory that "
         "is read from outside, against the second before the request. It does not show single slow "
         "operations, nor how boots differ.",

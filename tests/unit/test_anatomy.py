@@ -267,7 +267,7 @@ def test_what_a_set_varied_is_drawn_in_the_units_that_the_titles_name() -> None:
 def test_combinations_of_what_a_set_varied_get_a_look_each() -> None:
     recorded = run.load_set(DATA / "ram-kinds")
     axes = figures.varied_figure(recorded, "ram_kind", ["pause_ms"])
-    legend = axes[0].get_legend()
+    legend = axes[-1].get_legend()
     assert legend is not None
     names = [text.get_text() for text in legend.get_texts()]
     assert names == [f"{m}, accel={a}" for m in ("live", "background") for a in ("tcg", "kvm")]

@@ -334,7 +334,7 @@ def every_figure(recorded: run.RunSet) -> Iterator[list[Axes]]:
     yield figures.cost_figure(recorded)
     yield [figures.lost_work_figure(recorded)]
     if have["slowdown"]:
-        yield [figures.slowdown_figure(recorded)]
+        yield figures.slowdown_figure(recorded)
     if have["faults"]:
         yield [figures.faults_figure(recorded)]
         yield [figures.depth_figure(recorded)]
@@ -369,7 +369,7 @@ def test_a_method_keeps_its_colour_and_marker_in_every_figure_of_every_set(name:
 def test_a_figure_of_one_boot_per_method_says_so(make_synthetic_set: MakeSet) -> None:
     """Its stamp said "n=3 boots", of which it showed one."""
     made = make_synthetic_set(repeats=3)
-    figure = figures.slowdown_figure(made).get_figure()
+    figure = figures.slowdown_figure(made)[0].get_figure()
     assert figure is not None
     assert "n=1 of 3 boots per method" in figure.get_supxlabel()
     every = figures.slowdown_boots_figure(made, "background").get_figure()
