@@ -223,7 +223,9 @@ def test_stop_ends_a_soak_and_leaves_its_record_and_nothing_else(tmp_path: Path)
         assert process.stdout is not None
         lines = (line for line in process.stdout)
         assert '"record":"soak"' in next(lines)
-        assert '"outcome":"equal"' in next(lines)
+        # A guest that hung while it booted is noted, and booted once more.
+        results = (line for line in lines if '"outcome":"no-guest"' not in line)
+        assert '"outcome":"equal"' in next(results)
         guests = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGINT)
         rest = list(lines)
