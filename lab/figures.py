@@ -121,10 +121,16 @@ def slowdown_figure(
         for label, run in zip(drawn.rates, runs, strict=True)
         if run.summary.get("lost_work_ms") is not None
     }
+    back = {
+        label: (run.record.marks.back_ns - run.record.marks.request_ns) / tables.NS_PER_MS
+        for label, run in zip(drawn.rates, runs, strict=True)
+        if run.record.marks.back_ns is not None and run.record.marks.request_ns is not None
+    }
     axes = plots.plot_rate_rows(
         drawn.rates,
         pauses_ms=drawn.pauses_ms,
         lost_ms=lost,
+        back_ms=back,
         styles=drawn.styles,
         until_ms=1.25 * longest + 100,
     )

@@ -410,6 +410,7 @@ def plot_rate_rows(
     *,
     pauses_ms: Mapping[str, tuple[float, float]],
     lost_ms: Mapping[str, float],
+    back_ms: Mapping[str, float],
     styles: Mapping[str, CaseStyle],
     until_ms: float,
 ) -> list[Axes]:
@@ -420,6 +421,7 @@ def plot_rate_rows(
     :param rates: label -> `lab.tables.df_rate`.
     :param pauses_ms: label -> start and end of the pause since the request.
     :param lost_ms: label -> lost work (`lab.tables.slowdown`).
+    :param back_ms: label -> when the old rate was back: until then work counts as lost.
     :param styles: label -> how its case looks.
     :param until_ms: how far the axis goes, since the request.
     """
@@ -432,7 +434,7 @@ def plot_rate_rows(
         style = styles[label]
         ms, percent = rate["ms"].to_numpy(), 100 * rate["share"].to_numpy()
         ax.plot(ms, percent, **(style.line | {"label": label, "linewidth": 1.0}))
-        lost = (ms >= 0) & (percent < 100)
+        lost = (ms >= 0) & (ms <= back_ms.get(label, until_ms)) & (percent < 100)
         ax.fill_between(ms, percent, 100, where=lost, color=style.colour, alpha=0.2, linewidth=0)
         if label in pauses_ms:
             start, end = pauses_ms[label]

@@ -41,7 +41,7 @@ def test_every_make_target_it_names_exists() -> None:
 
 
 def test_every_command_it_names_exists() -> None:
-    named = set(re.findall(r"\blab ([a-z]+)\b(?= [\-|]| data|`)", COMMANDS))
+    named = set(re.findall(r"\blab ([a-z]+)\b(?= [\-|]| data|`)", README + COMMANDS))
     known = {path.stem for path in (ROOT / "lab" / "cli").glob("[a-z]*.py")}
     assert {"measure", "compare", "report", "doctor"} <= named
     assert named <= known
