@@ -41,7 +41,7 @@ slow: build ## the tests that take many minutes, among them a build after every 
 	@$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
 
 sanitize: setup ## the quick tests of guests on a QEMU with sanitizers; SANITIZER=address or thread
-	@$(PYTHON) -m tests.vm.sanitize $(SANITIZER) $(SANITIZE_ARGS)
+	@$(PYTHON) -m tests.support.sanitize $(SANITIZER) $(SANITIZE_ARGS)
 
 qtest: build ## QEMU's own migration tests, with and without the patches (QTEST_ARGS)
 	@$(PYTHON) -m lab qtest $(QTEST_ARGS)

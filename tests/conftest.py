@@ -12,9 +12,16 @@ import pandas as pd
 import pytest
 from hypothesis import settings
 
-from lab import columns, run, tables
-from lab.measure import Plan
-from lab.scenario import Machine, Workload, to_json
+from lab.analysis.faults import fault_summary
+from lab.analysis.slowdown import slowdown
+from lab.runs import columns
+from lab.runs.records import RUN_SCHEMA, Marks, RunRecord
+from lab.runs.run import Run
+from lab.runs.sets import RunSet, create_set
+from lab.scenario.document import to_json
+from lab.scenario.machine import Machine
+from lab.scenario.plan import Plan
+from lab.scenario.workload import Workload
 
 # How long an example takes says something about the machine, and nothing about the code.
 settings.register_profile("lab", deadline=None)
@@ -101,10 +108,10 @@ def plan_for(methods: tuple[str, ...], repeats: int) -> dict[str, Any]:
     return to_json(plan)
 
 
-def record_for(method: str, order: int, **changes: Any) -> run.RunRecord:
+def record_for(method: str, order: int, **changes: Any) -> RunRecord:
     """A run's record without figures."""
     values: dict[str, Any] = {
-        "schema": run.RUN_SCHEMA,
+        "schema": RUN_SCHEMA,
         "id": f"{order:032x}",
         "kind": "snapshot",
         "created_utc": "2026-01-01T00:00:00Z",
@@ -118,25 +125,23 @@ def record_for(method: str, order: int, **changes: Any) -> run.RunRecord:
         "host": {"cpu_model": "made up", "kernel": "0"},
         "binaries": {"qemu": {"version": "0.0.0", "build_id": "synthetic"}},
         "clocks": {"host": "CLOCK_MONOTONIC"},
-        "marks": run.Marks(),
+        "marks": Marks(),
         "summary": dict.fromkeys(columns.SUMMARY_FIELDS) | {"method": method, "outcome": "ok"},
         "tables": {},
         "files": [],
         "note": NOTE,
     }
-    return run.RunRecord(**(values | changes))
+    return RunRecord(**(values | changes))
 
 
-def append_synthetic(
-    run_set: run.RunSet, method: str, order: int, round_: int, seed: int
-) -> run.Run:
+def append_synthetic(run_set: RunSet, method: str, order: int, round_: int, seed: int) -> Run:
     """One made-up run with the tables of a real one."""
     rng = np.random.default_rng(seed)
     duration_ms, share, pause_ms, engine = SHAPES[method]
     duration_ms *= rng.uniform(0.95, 1.05)
     progress = _progress(rng, duration_ms, share, pause_ms)
     end = REQUEST + round(duration_ms * MS)
-    cost = tables.slowdown(progress, request_ns=REQUEST, end_ns=end)
+    cost = slowdown(progress, request_ns=REQUEST, end_ns=end)
     stored = {"progress": progress}
     if engine == "rfc":
         stored |= {
@@ -165,9 +170,9 @@ def append_synthetic(
             "recovery_ms": cost.recovery_ms,
             "back_capped": cost.back_capped,
         }
-        | tables.fault_summary(stored.get("faults"))
+        | fault_summary(stored.get("faults"))
     )
-    marks = run.Marks(
+    marks = Marks(
         request_ns=REQUEST,
         stop_ns=REQUEST + MS,
         resume_ns=REQUEST + round((1 + pause_ms) * MS),
@@ -179,7 +184,7 @@ def append_synthetic(
 
 
 @pytest.fixture
-def make_synthetic_set(tmp_path: Path) -> Callable[..., run.RunSet]:
+def make_synthetic_set(tmp_path: Path) -> Callable[..., RunSet]:
     """A function that makes up a run set: name, methods, repeats, seed."""
 
     def make(
@@ -188,8 +193,8 @@ def make_synthetic_set(tmp_path: Path) -> Callable[..., run.RunSet]:
         repeats: int = 2,
         seed: int = 1,
         finish: bool = True,
-    ) -> run.RunSet:
-        made = run.create_set(
+    ) -> RunSet:
+        made = create_set(
             tmp_path / name,
             plan=plan_for(methods, repeats),
             host={"cpu_model": "made up", "kernel": "0"},
@@ -210,6 +215,6 @@ def make_synthetic_set(tmp_path: Path) -> Callable[..., run.RunSet]:
 
 
 @pytest.fixture
-def make_record() -> Callable[..., run.RunRecord]:
+def make_record() -> Callable[..., RunRecord]:
     """`record_for`: a run's record without figures."""
     return record_for

@@ -5,10 +5,12 @@ import asyncio
 import json
 from typing import TYPE_CHECKING
 
-from lab.scenario import Machine, Workload, add_arguments, from_arguments
+from lab.scenario.flags import add_arguments, from_arguments
+from lab.scenario.machine import Machine
+from lab.scenario.workload import Workload
 
 if TYPE_CHECKING:
-    from lab.vm import VM
+    from lab.session import VM
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -40,7 +42,7 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def _boot(args: argparse.Namespace) -> int:
-    from lab.vm import boot
+    from lab.session import boot
 
     machine = from_arguments(Machine, args)
     workload = from_arguments(Workload, args)

@@ -6,7 +6,7 @@ import sys
 from typing import get_args
 
 from lab.progress import ProgressLine
-from lab.scenario import Sanitizer
+from lab.scenario.methods import Sanitizer
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,8 +47,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 async def _build(args: argparse.Namespace) -> int:
-    from lab.guest.build import ensure_guest
-    from lab.guest.micro import ensure_microguest
+    from lab.guests.linux.build import ensure_guest
+    from lab.guests.micro.build import ensure_microguest
     from lab.qemu.build import ensure_qemu
 
     if args.check_series:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lab.run import RunSet
+    from lab.runs.sets import RunSet
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -25,7 +25,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from lab.summary import comparison_text, sides
+    from lab.analysis.compare import comparison_text, sides
 
     (a, method_a), (b, method_b) = _load(args.a), _load(args.b)
     pairs = sides(a, b, method_a, method_b)
@@ -34,7 +34,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _load(text: str) -> "tuple[RunSet, str | None]":
-    from lab.run import load_set
+    from lab.runs.sets import load_set
 
     # A path may hold a colon too: the whole is tried first.
     path, _, method = text.rpartition(":")

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lab.host import Check
+    from lab.doctor import Check
 
 EXIT_UNUSABLE_HOST = 2
 
@@ -24,8 +24,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 async def _doctor(args: argparse.Namespace) -> int:
     import msgspec
 
-    from lab.accelerator import kvm_checks
-    from lab.host import HostInfo, run_checks
+    from lab.doctor import kvm_checks, run_checks
+    from lab.host.info import HostInfo
 
     host = HostInfo.collect()
     checks = run_checks() + await kvm_checks()

@@ -9,12 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lab.floor.plan import BENCHMARKS, WORK_MIB, FloorPlan, describe
 from lab.progress import ProgressLine
+from lab.scenario.floor import BENCHMARKS, WORK_MIB, FloorPlan, describe
 
 if TYPE_CHECKING:
-    from lab.floor.measure import Progress
-    from lab.run import Run, RunSet
+    from lab.measure.floor.measure import Progress
+    from lab.runs.run import Run
+    from lab.runs.sets import RunSet
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -66,7 +67,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 async def _floor(args: argparse.Namespace) -> int:
-    from lab.cache import cache_dir
+    from lab.host.cache import cache_dir
 
     plan = FloorPlan(
         benchmarks=tuple(dict.fromkeys(args.benchmarks or BENCHMARKS)),
@@ -91,10 +92,10 @@ async def run_floor(
     plan: FloorPlan, out: Path, *, image_dir: Path | None = None, note: str = ""
 ) -> "RunSet":
     """Measure `plan` into `out` with a progress line."""
-    from lab.cache import cache_dir
-    from lab.floor.build import ensure_program
-    from lab.floor.measure import measure_floor, survey
-    from lab.measure import estimate_text
+    from lab.host.cache import cache_dir
+    from lab.measure.floor.build import ensure_program
+    from lab.measure.floor.measure import measure_floor, survey
+    from lab.scenario.plan import estimate_text
 
     image_dir = image_dir or cache_dir()
     program = await ensure_program()
@@ -134,9 +135,9 @@ async def run_floor(
 
 def print_floor(run_set: "RunSet", *, as_json: bool) -> None:
     """The medians, as JSON lines or as a table with what could not be measured."""
-    from lab.floor.summary import df_floor_medians, df_floor_readable, skipped
-    from lab.run import jsonable
-    from lab.summary import text_table
+    from lab.analysis.floor import df_floor_medians, df_floor_readable, skipped
+    from lab.display import text_table
+    from lab.runs.records import jsonable
 
     if as_json:
         for row in df_floor_medians(run_set).to_dict("records"):

@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from lab.errors import HostError, UsageError
 from lab.progress import ProgressLine
-from lab.scenario import (
-    METHODS,
-    Instruments,
-    Machine,
-    Storage,
-    Workload,
-    add_arguments,
-    from_arguments,
-    parse_dimension,
-)
+from lab.scenario.dimensions import parse_dimension
+from lab.scenario.flags import add_arguments, from_arguments
+from lab.scenario.instruments import Instruments
+from lab.scenario.machine import Machine
+from lab.scenario.methods import METHODS
+from lab.scenario.storage import Storage
+from lab.scenario.workload import Workload
 
 if TYPE_CHECKING:
-    from lab.measure import Plan, Progress
-    from lab.run import Run, RunSet
+    from lab.measure.campaign import Progress
+    from lab.runs.run import Run
+    from lab.runs.sets import RunSet
+    from lab.scenario.plan import Plan
 
 
 _EXAMPLES = """\
@@ -130,9 +129,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 async def _measure(args: argparse.Namespace) -> int:
-    from lab.accelerator import settled
-    from lab.cache import cache_dir
-    from lab.measure import Plan, describe
+    from lab.host.cache import cache_dir
+    from lab.scenario.plan import Plan, describe
+    from lab.vm.accelerator import settled
 
     chosen = await settled(from_arguments(Machine, args))
     plan = Plan(
@@ -193,9 +192,11 @@ async def run_campaign(
 
     :param fallback: why accelerator "auto" is not KVM; the set keeps it.
     """
-    from lab.cache import cache_dir
-    from lab.measure import estimate_text, measure, survey
-    from lab.workdir import private_folder
+    from lab.host.cache import cache_dir
+    from lab.host.workdir import private_folder
+    from lab.measure.campaign import measure
+    from lab.measure.ground import survey
+    from lab.scenario.plan import estimate_text
 
     ground = survey(plan, fallback)
     if image_dir is not None and not image_dir.is_dir():
@@ -244,7 +245,9 @@ async def run_campaign(
 
 def print_table(run_set: "RunSet") -> None:
     """The summary table, what to distrust about it, and where the runs are."""
-    from lab.summary import df_methods, df_readable, text_table, warnings_of
+    from lab.analysis.warnings import warnings_of
+    from lab.display import text_table
+    from lab.runs.methods import df_methods, df_readable
 
     print(text_table(df_readable(df_methods(run_set))))
     for warning in warnings_of(run_set):

@@ -25,8 +25,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _report(args: argparse.Namespace) -> int:
-    from lab.report import render_report, write_report
-    from lab.run import load_set
+    from lab.report.report import render_report, write_report
+    from lab.runs.sets import load_set
 
     run_set = load_set(args.set)
     html = render_report(run_set)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.progress import ProgressLine
-from lab.scenario import METHODS, Machine, Workload
+from lab.scenario.machine import Machine
+from lab.scenario.methods import METHODS
+from lab.scenario.workload import Workload
 
 if TYPE_CHECKING:
-    from lab.measure import Plan
-    from lab.run import RunSet
+    from lab.runs.sets import RunSet
+    from lab.scenario.plan import Plan
 
 #: The recorded set in whose place the main measurement is shown.
 MAIN_SET = "first-light"
@@ -72,10 +74,10 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 async def _reproduce(args: argparse.Namespace) -> int:
     from lab.cli.measure import print_table
-    from lab.guest.build import ensure_guest
-    from lab.guest.micro import ensure_microguest
-    from lab.measure import Plan
+    from lab.guests.linux.build import ensure_guest
+    from lab.guests.micro.build import ensure_microguest
     from lab.qemu.build import ensure_qemu
+    from lab.scenario.plan import Plan
 
     profile = PROFILES[args.profile]
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
@@ -106,8 +108,8 @@ async def _measured(plan: "Plan", out: Path, note: str) -> "RunSet":
     Raises RunError when `out` holds another plan's runs.
     """
     from lab.cli.measure import run_campaign
-    from lab.measure import plan_of
-    from lab.run import load_set
+    from lab.measure.campaign import plan_of
+    from lab.runs.sets import load_set
 
     if (out / "set.json").exists():
         found = load_set(out)
@@ -123,13 +125,13 @@ async def _other_sets(folder: Path, note: str, repeats: int | None) -> "dict[str
 
     :param repeats: instead of those of the plans.
     """
-    from lab.accelerator import accelerator_problem
     from lab.cli.floor import run_floor
-    from lab.floor.plan import FloorPlan
-    from lab.measure import plan_here
-    from lab.notebooks import NOTEBOOKS, notebook_paths, sets_named
-    from lab.run import load_set
-    from lab.scenario import from_json
+    from lab.measure.campaign import plan_here
+    from lab.report.notebooks import NOTEBOOKS, notebook_paths, sets_named
+    from lab.runs.sets import load_set
+    from lab.scenario.document import from_json
+    from lab.scenario.floor import FloorPlan
+    from lab.vm.accelerator import accelerator_problem
 
     names = {name for path in notebook_paths() for name in sets_named(path).values()}
     own = {}
@@ -167,8 +169,8 @@ async def write_up(
         `run_set` for the one that most notebooks show.
     :param beside: write a page as well that shows every figure beside the recorded one.
     """
-    from lab.notebooks import NOTEBOOKS, execute, notebook_paths, save_figures, sets_named
-    from lab.report import render_beside, render_report, write_report
+    from lab.report.notebooks import NOTEBOOKS, execute, notebook_paths, save_figures, sets_named
+    from lab.report.report import render_beside, render_report, write_report
 
     own = {MAIN_SET: run_set} if own is None else own
     for one in own.values():

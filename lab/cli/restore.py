@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 from lab.cli.boot import add_running_arguments, show_speed
-from lab.scenario import Accel
+from lab.scenario.machine import Accel
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -45,7 +45,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 async def _restore(args: argparse.Namespace) -> int:
-    from lab.vm import restore
+    from lab.session import restore
 
     async with restore(
         args.path,

@@ -20,7 +20,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _seal(args: argparse.Namespace) -> int:
-    from lab.run import seal_set
+    from lab.runs.sets import seal_set
 
     for path in args.set:
         found = seal_set(path)

@@ -4,16 +4,12 @@ import argparse
 import json
 from pathlib import Path
 
-from lab.scenario import (
-    METHODS,
-    Machine,
-    Storage,
-    Workload,
-    add_arguments,
-    check_storage,
-    from_arguments,
-    method,
-)
+from lab.scenario.flags import add_arguments, from_arguments
+from lab.scenario.machine import Machine
+from lab.scenario.methods import METHODS, method
+from lab.scenario.scenario import check_storage
+from lab.scenario.storage import Storage
+from lab.scenario.workload import Workload
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -41,7 +37,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 async def _snapshot(args: argparse.Namespace) -> int:
-    from lab.vm import boot
+    from lab.session import boot
 
     machine = from_arguments(Machine, args)
     workload = from_arguments(Workload, args)

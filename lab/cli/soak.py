@@ -8,16 +8,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from lab.draw import NEVER_DRAWN, VERSION, GuestChoice, RunState
 from lab.errors import UsageError
 from lab.progress import ProgressLine
-from lab.scenario import METHODS, Accel, Machine, RamKind
+from lab.scenario.machine import Accel, Machine, RamKind
+from lab.scenario.methods import METHODS
+from lab.verify.soak.draw import NEVER_DRAWN, VERSION, GuestChoice, RunState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lab.draw import Choice, Trial
-    from lab.tally import Result
+    from lab.verify.soak.draw import Choice, Trial
+    from lab.verify.soak.record import Result
 
 DEFAULT_MINUTES = 5.0
 MAX_SEED = 1_000_000_000
@@ -134,7 +135,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 async def _soak(args: argparse.Namespace) -> int:
-    from lab.tally import require_draw
+    from lab.verify.soak.record import require_draw
 
     require_draw(args.draw, "this command")
     _check_arguments(args)
@@ -164,8 +165,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 async def _chosen(args: argparse.Namespace) -> "tuple[Choice, str]":
     """Return what to draw from, and why the accelerator is not the one that was asked for."""
-    from lab.accelerator import settled
-    from lab.draw import Choice
+    from lab.verify.soak.draw import Choice
+    from lab.vm.accelerator import settled
 
     accel: Accel
     if args.guest == "any":
@@ -186,12 +187,12 @@ async def _chosen(args: argparse.Namespace) -> "tuple[Choice, str]":
 
 
 async def _go(args: argparse.Namespace) -> int:
-    from lab.cache import cache_dir
-    from lab.host import HostInfo
+    from lab.host.cache import cache_dir
+    from lab.host.info import HostInfo
+    from lab.host.workdir import private_folder
     from lab.qemu.build import VARIANTS, find_qemu
-    from lab.soak import soak, survey
-    from lab.tally import GOOD, header_line, reopen_record, result_line, summary_line
-    from lab.workdir import private_folder
+    from lab.verify.soak.record import GOOD, header_line, reopen_record, result_line, summary_line
+    from lab.verify.soak.soak import soak, survey
 
     results: list[Result] = []
     if args.resume is not None:
@@ -270,12 +271,12 @@ async def _go(args: argparse.Namespace) -> int:
 
 
 async def _shrink(args: argparse.Namespace) -> int:
-    from lab.cache import cache_dir
-    from lab.draw import draw
-    from lab.shrink import fails_in, shrink
-    from lab.soak import survey
-    from lab.tally import reproduce_command
-    from lab.workdir import private_folder
+    from lab.host.cache import cache_dir
+    from lab.host.workdir import private_folder
+    from lab.verify.soak.draw import draw
+    from lab.verify.soak.record import reproduce_command
+    from lab.verify.soak.shrink import fails_in, shrink
+    from lab.verify.soak.soak import survey
 
     choice, _ = await _chosen(args)
     seed, shot = args.seed, args.iterations
@@ -318,7 +319,7 @@ def _default_record(cache: Path) -> Path:
 
 
 def _print_findings(results: "Sequence[Result]", choice: "Choice", *, as_json: bool) -> None:
-    from lab.tally import findings, tally_text
+    from lab.verify.soak.record import findings, tally_text
 
     if results and not as_json:
         print(tally_text(results))

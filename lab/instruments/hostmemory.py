@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from lab import columns
-from lab.hostmem import Residency, process_residency
+from lab.host.memory import Residency, process_residency
+from lab.runs import columns
 
 READINGS = ("before", "after")
 

@@ -18,18 +18,15 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from lab.errors import GuestError
-from lab.guest.protocol import PAGE_BYTES, PAGE_MAGIC, PAGE_WORDS, WORD_MAGIC
-from lab.hostmem import write_process
-
-if TYPE_CHECKING:
-    from lab.qmp import Event
-    from lab.vm import VM
+from lab.guests.protocol import PAGE_BYTES, PAGE_MAGIC, PAGE_WORDS, WORD_MAGIC
+from lab.host.memory import write_process
+from lab.vm.qmp import Event
+from lab.vm.vm import RunningVM
 
 APART_BYTES = 2 << 20
 """What an engine releases at a time at most because of one fault, by default."""
@@ -55,7 +52,7 @@ class KnownFaults:
         self.tid = 0
 
     @classmethod
-    async def find(cls, vm: VM, count: int) -> KnownFaults:
+    async def find(cls, vm: RunningVM, count: int) -> KnownFaults:
         """Choose `count` pages of the guest's working set.
 
         :raise GuestError: the working set does not reach over so many pieces of `APART_BYTES`.
@@ -91,7 +88,7 @@ class KnownFaults:
         return cls(vm.pid, found)
 
     @contextlib.asynccontextmanager
-    async def written_on_resume(self, vm: VM) -> AsyncIterator[None]:
+    async def written_on_resume(self, vm: RunningVM) -> AsyncIterator[None]:
         """Write to each page once, as soon as the guest goes on after its next pause; the context
         ends when that is done.  Nothing is written when the context is left by an exception before.
 

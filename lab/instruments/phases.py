@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from lab import columns
+from lab.runs import columns
 
 COLUMNS = tuple(columns.COLUMNS["phases"])
 

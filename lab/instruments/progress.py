@@ -9,9 +9,11 @@ a thread that wakes once a millisecond.  What it can not show: anything shorter 
 of two samples, and why an operation took long.
 """
 
+import contextlib
 import logging
 import threading
 import time
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self
 
@@ -19,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lab import columns
 from lab.errors import GuestError, HostError
-from lab.guest.protocol import PROGRESS_OPS, PROGRESS_OPS_STRIDE
-from lab.hostmem import RemoteWindow
+from lab.guests.protocol import PROGRESS_OPS, PROGRESS_OPS_STRIDE
+from lab.host.memory import RemoteWindow
+from lab.runs import columns
+from lab.vm.vm import RunningVM
 
 log = logging.getLogger(__name__)
 
@@ -130,3 +133,16 @@ class ProgressSampler:
             self._full.append(self._open)
             self._open = np.empty((_CHUNK_ROWS, len(COLUMNS)), np.int64)
             self._used = 0
+
+
+@contextlib.asynccontextmanager
+async def sampling(vm: RunningVM, interval_us: int = 1000) -> AsyncIterator[ProgressSampler]:
+    """Sample the guest's progress every `interval_us` while the context lasts.
+
+    :raise HostError: when this process may not read QEMU's memory.
+    """
+    address = await vm.host_address(vm.ready.progress_gpa)
+    with ProgressSampler(
+        vm.pid, address, threads=vm.ready.threads, interval_ns=interval_us * 1000
+    ) as sampler:
+        yield sampler

@@ -14,28 +14,18 @@ What it costs: what timing operations costs, and for a slow one a few stores to 
 faults once a snapshot.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
 
-from lab import columns
 from lab.errors import GuestError, UsageError
-from lab.guest.protocol import (
-    PAGE_BYTES,
-    SLOW_ENTRIES,
-    SLOW_WORDS,
-    U64,
-    LatencyPage,
-)
-
-if TYPE_CHECKING:
-    from lab.vm import VM
+from lab.guests.protocol import PAGE_BYTES, SLOW_ENTRIES, SLOW_WORDS, U64, LatencyPage
+from lab.runs import columns
+from lab.vm.vm import RunningVM
 
 COLUMNS = tuple(columns.COLUMNS["slow_writes"])
 
 
-async def read_slow_writes(vm: "VM") -> pd.DataFrame:
+async def read_slow_writes(vm: "RunningVM") -> pd.DataFrame:
     """Return the slow operations that a guest remembers, oldest first.
 
     Columns: `thread` of the writer; `op` its how many-th operation, from 1; `offset` of the page in

@@ -27,7 +27,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +35,8 @@ from typing import Self
 
 import pandas as pd
 
-from lab import columns
+from lab.runs import columns
+from lab.vm.vm import RunningVM
 
 log = logging.getLogger(__name__)
 
@@ -280,3 +281,10 @@ def thread_summary(threads: pd.DataFrame | None) -> dict[str, float | None]:
         "qemu_cpu_ms": float(during.loc[~vcpus, "cpu_ns"].sum() / 1e6),
         "vcpu_wait_ms": float(during.loc[vcpus, "wait_ns"].sum() / 1e6),
     }
+
+
+@contextlib.asynccontextmanager
+async def timing_threads(vm: RunningVM) -> AsyncIterator[ThreadTimes]:
+    """Look at the times of QEMU's threads while the context lasts."""
+    with ThreadTimes(vm.pid, await vm.vcpu_threads()) as times:
+        yield times

@@ -23,10 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lab import columns
-from lab.errors import GuestError
-from lab.guest.protocol import LATENCY_BUCKETS, PAGE_BYTES, LatencyPage, latency_bounds_ticks
-from lab.hostmem import RemoteWindow
+from lab.errors import GuestError, UsageError
+from lab.guests.protocol import LATENCY_BUCKETS, PAGE_BYTES, LatencyPage, latency_bounds_ticks
+from lab.host.memory import RemoteWindow
+from lab.runs import columns
+from lab.vm.vm import RunningVM
 
 COLUMNS = tuple(columns.COLUMNS["write_latency"])
 
@@ -147,3 +148,17 @@ def stall_summary(durations: pd.DataFrame | None) -> dict[str, float | int | Non
         value = quantile_ns(stalls, q)
         figures[name] = None if value is None else value / 1e3
     return figures
+
+
+async def write_latency(vm: RunningVM) -> WriteLatency:
+    """Return the reader of how long the guest's operations take.
+
+    :raise UsageError: when the guest was not asked to time them.
+    """
+    progress = await vm.progress_page()
+    if not progress.latency_gpa:
+        raise UsageError("the guest does not time its operations", "boot with time_writes=True")
+    address = await vm.host_address(progress.latency_gpa)
+    page = LatencyPage.decode(vm.read_host(address, PAGE_BYTES), progress.threads)
+    buckets = [[await vm.host_address(gpa) for gpa in of_thread] for of_thread in page.gpas]
+    return WriteLatency(vm.pid, address, buckets)

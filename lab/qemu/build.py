@@ -39,21 +39,14 @@ from typing import get_args
 
 import msgspec
 
-from lab.cache import locked
 from lab.errors import BuildError, HostError, TransientError
-from lab.files import sha256_of
-from lab.qemu.series import SERIES_DIR, apply_patch, apply_series, read_series, series_sha256
-from lab.qemu.source import (
-    Progress,
-    Source,
-    known_source,
-    obtain_source,
-    qemu_cache,
-    unpack,
-)
-from lab.room import require_room
-from lab.scenario import Sanitizer, Variant
-from lab.tools import require_tools, run_tool
+from lab.host.cache import locked
+from lab.host.files import sha256_of
+from lab.host.room import require_room
+from lab.host.tools import require_tools, run_tool
+from lab.qemu.series import apply_patch, apply_series, read_series, series_sha256
+from lab.qemu.source import Progress, Source, known_source, obtain_source, qemu_cache, unpack
+from lab.scenario.methods import Sanitizer, Variant
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
@@ -144,6 +137,9 @@ class BuildStamp:
     binary_sha256: str
 
 
+DEVICES = Path(__file__).with_name("lab.mak")
+"""The devices that are built, for QEMU\'s configuration."""
+
 _SCHEMA = "lab.qemu-build/1"
 
 
@@ -187,7 +183,7 @@ class _Plan:
 
 
 def _devices_sha256() -> str:
-    return sha256_of(SERIES_DIR / "lab.mak")
+    return sha256_of(DEVICES)
 
 
 def _plan(variant: Variant, source: Source, sanitizer: Sanitizer | None = None) -> _Plan:
@@ -436,7 +432,7 @@ async def _set_up(
     report(f"unpack QEMU {source.version}")
     await unpack(source, shop.tree, log)
     devices = shop.tree / "configs/devices/x86_64-softmmu"
-    shutil.copyfile(SERIES_DIR / "lab.mak", devices / "lab.mak")
+    shutil.copyfile(DEVICES, devices / "lab.mak")
     shop.build.mkdir()
     report("configure qemu")
     await run_tool(

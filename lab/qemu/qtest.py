@@ -24,15 +24,15 @@ from typing import Literal, get_args
 import msgspec
 
 from lab.errors import BuildError, HostError, RunError, UsageError
-from lab.files import write_atomically
-from lab.host import kvm_problem
-from lab.ksm import KSM, ksm_runs
-from lab.probe import KVM_DEVICE
+from lab.host.files import write_atomically
+from lab.host.ksm import KSM, ksm_runs
+from lab.host.needs import kvm_problem
+from lab.host.probe import KVM_DEVICE
+from lab.host.tools import require_tools, run_tool
+from lab.host.workdir import private_folder
 from lab.qemu.build import VARIANTS, QemuBinary, ensure_qemu, ensure_test_program
 from lab.qemu.source import Progress, qemu_cache
-from lab.scenario import Variant
-from lab.tools import require_tools, run_tool
-from lab.workdir import private_folder
+from lab.scenario.methods import Variant
 
 PROGRAM = "tests/qtest/migration-test"
 SCHEMA = "lab.qtest/1"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.errors import BuildError, LabError
+from lab.host.tools import require_tools, run_tool
 from lab.qemu.source import Progress, obtain_source, qemu_cache, unpack
-from lab.tools import require_tools, run_tool
 
-SERIES_DIR = Path(__file__).parent
+SERIES_DIR = Path(__file__).parent / "patches"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ import shutil
 import tempfile
 import threading
 import tomllib
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -26,10 +25,10 @@ from typing import Literal
 
 import msgspec
 
-from lab.cache import cache_dir, locked
 from lab.errors import BuildError, HostError, LabError, TransientError, UsageError
-from lab.files import sha256_of, write_atomically
-from lab.tools import require_tools, run_tool
+from lab.host.cache import cache_dir, locked
+from lab.host.files import sha256_of, write_atomically
+from lab.host.tools import require_tools, run_tool
 
 Progress = Callable[[str], None]
 Origin = Literal["local", "debian", "release"]

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 
-from lab import measure, notebooks, run
 from lab.errors import LabError, UsageError
+from lab.measure.campaign import plan_of
+from lab.report import notebooks
+from lab.runs.sets import RunSet, load_set
+from lab.scenario.plan import TYPICAL_RUN_S
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
 PATHS = notebooks.notebook_paths(FOLDER)
 
-MakeSet = Callable[..., run.RunSet]
+MakeSet = Callable[..., RunSet]
 Cell = dict[str, Any]
 
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -117,13 +120,13 @@ async def test_a_cell_that_raises_fails_the_notebook_and_leaves_the_old_one(tmp_
 
 @each
 def test_live_it_takes_less_than_ten_minutes_by_the_estimate(path: Path) -> None:
-    sets = [run.load_set(ROOT / "data" / name) for name in notebooks.sets_named(path).values()]
-    plans = [measure.plan_of(one) for one in sets if one.kind != "floor"]
+    sets = [load_set(ROOT / "data" / name) for name in notebooks.sets_named(path).values()]
+    plans = [plan_of(one) for one in sets if one.kind != "floor"]
     boots = sum(len(plan.cases()) for plan in plans)
     source = "".join(text_of(cell) for cell in cells(path, "code"))
     found = re.search(r"measure_again\(.*?repeats=(\d+)\)", source)
     boots *= int(found[1]) if found else 1
-    assert boots * measure.TYPICAL_RUN_S < 600
+    assert boots * TYPICAL_RUN_S < 600
 
 
 # --- What is in them --------------------------------------------------------------------------

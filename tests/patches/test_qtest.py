@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from lab.qemu.qtest import read_record, run_migration_tests
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.source, pytest.mark.timeout(7200)]
 

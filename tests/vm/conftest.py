@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import lab
-from lab.accelerator import Settled, kvm_guest_problem
-from lab.host import huge_pages
-from lab.probe import KVM_DEVICE
-from lab.scenario import HUGE_PAGE_MIB, Accel, GuestKind, Machine
-from lab.vm import VM
+from lab.host.needs import huge_pages
+from lab.host.probe import KVM_DEVICE
+from lab.scenario.machine import HUGE_PAGE_MIB, Accel, GuestKind, Machine
+from lab.session import VM
+from lab.vm.accelerator import Settled, kvm_guest_problem
 
 PLATFORMS: dict[str, tuple[GuestKind, Accel]] = {
     "tcg": ("linux", "tcg"),
@@ -65,7 +65,8 @@ def platform(request: pytest.FixtureRequest) -> Iterator[str]:
         return Settled(machine=dataclasses.replace(machine, guest=guest, accel=accel))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lab.vm.settled", settled)
+        for room in ("lab.vm.boot", "lab.snapshot.restore"):
+            patch.setattr(f"{room}.settled", settled)
         yield name
 
 
@@ -121,4 +122,4 @@ def damage_images(monkeypatch: pytest.MonkeyPatch) -> None:
             file.write(bytes([byte ^ 0x40]))
         return lab.restore(path, paused=paused, channels=channels, check=check)
 
-    monkeypatch.setattr("lab.oracle.restore", restore_damaged)
+    monkeypatch.setattr("lab.verify.oracle.restore", restore_damaged)

@@ -5,9 +5,10 @@ import logging
 import pytest
 
 import lab
-from lab import accelerator
-from lab.accelerator import kvm_checks, kvm_guest_problem, settled
-from lab.scenario import GuestKind
+from lab.doctor import kvm_checks
+from lab.scenario.machine import GuestKind
+from lab.vm import accelerator
+from lab.vm.accelerator import _found, kvm_guest_problem, settled
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg")]
 
@@ -15,7 +16,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg")]
 @pytest.fixture(autouse=True)
 def nothing_settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """As outside of tests, where no platform is imposed on guests and nothing is known yet."""
-    monkeypatch.setattr("lab.vm.settled", settled)
+    for room in ("lab.vm.boot", "lab.snapshot.restore"):
+        monkeypatch.setattr(f"{room}.settled", settled)
     monkeypatch.setattr(accelerator, "_found", {})
 
 
@@ -39,7 +41,7 @@ async def test_a_guest_that_does_not_boot_under_kvm_is_why_it_is_not_used(
 ) -> None:
     if problem := await kvm_guest_problem("micro"):
         pytest.skip(problem)
-    accelerator._found.clear()
+    _found.clear()
     # As under a KVM that runs an instruction and no guest.
     monkeypatch.setattr(accelerator, "PROBE_TIMEOUT_S", 0)
     chosen = await settled(lab.Machine(guest="micro", accel="auto"))

@@ -21,9 +21,9 @@ import pytest_asyncio
 
 import lab
 from lab.errors import RestoreError
-from lab.imagefile import mark_of, read_sidecar
-from lab.sidecar import Sidecar, sidecar_path
-from tests.vm.bench import refusal
+from lab.snapshot.image import mark_of, read_sidecar
+from lab.snapshot.sidecar import Sidecar, sidecar_path
+from tests.support.bench import refusal
 
 pytestmark = [
     pytest.mark.vm,

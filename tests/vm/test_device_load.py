@@ -1,7 +1,7 @@
 """The image is the guest at the pause instant, whoever writes to its memory meanwhile.
 
 Besides vCPUs that is QEMU itself: its main loop, threads that do a disk's I/O, the kernel on their
-behalf, and a reset.  Every image is judged by equality of every byte, see `lab.oracle`.
+behalf, and a reset.  Every image is judged by equality of every byte, see `lab.verify.oracle`.
 """
 
 import asyncio
@@ -16,14 +16,14 @@ import pytest
 
 import lab
 from lab.errors import GuestError, HostError
-from lab.guest.protocol import ProgressPage
-from lab.host import require_kvm
-from lab.imagefile import read_sidecar
-from lab.oracle import Verification, verify_method
-from lab.qmp import Event
-from lab.rfb import viewing
-from lab.scenario import Chipset, DiskAio, DiskCache, DiskKind
-from lab.vm import VM
+from lab.guests.protocol import ProgressPage
+from lab.host.needs import require_kvm
+from lab.scenario.machine import Chipset, DiskAio, DiskCache, DiskKind
+from lab.session import VM
+from lab.snapshot.image import read_sidecar
+from lab.verify.oracle import Verification, verify_method
+from lab.verify.soak.screen import viewing
+from lab.vm.qmp import Event
 
 pytestmark = [pytest.mark.vm, pytest.mark.thorough]
 log = logging.getLogger(__name__)

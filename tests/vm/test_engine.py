@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import lab
-from lab.sample import filesystem_of
-from lab.vm import VM
-from tests.vm.bench import begin, ended, is_left_alone, until_status
+from lab.measure.sample import filesystem_of
+from lab.session import VM
+from tests.support.bench import begin, ended, is_left_alone, until_status
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg", "kvm", "micro-kvm")]
 

@@ -15,14 +15,15 @@ import pytest
 
 import lab
 from lab.errors import HostError, SnapshotError, TransientError
-from lab.ksm import KSM, ksm_running
-from lab.oracle import verify_method
+from lab.host.ksm import KSM, ksm_running
+from lab.host.workdir import private_folder
 from lab.qemu.build import find_qemu
-from lab.ram import ram_dir
-from lab.scenario import METHODS, Variant
-from lab.vm import VM
-from lab.workdir import private_folder
-from tests.vm.bench import begin, ended, is_left_alone, until, until_status, works_on
+from lab.scenario.machine import RamKind
+from lab.scenario.methods import METHODS, Variant
+from lab.session import VM
+from lab.verify.oracle import verify_method
+from lab.vm.ram import ram_dir
+from tests.support.bench import begin, ended, is_left_alone, until, until_status, works_on
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-tcg")]
 
@@ -37,7 +38,7 @@ RAM_MIB = 32
 STORAGE_DAEMON = "qemu-storage-daemon"
 
 
-def machine(*extra: str, ram_kind: lab.scenario.RamKind = "anon") -> lab.Machine:
+def machine(*extra: str, ram_kind: RamKind = "anon") -> lab.Machine:
     return lab.Machine(guest="micro", ram_mib=RAM_MIB, ram_kind=ram_kind, extra_args=extra)
 
 
@@ -287,7 +288,7 @@ def merging() -> Iterator[None]:
 @pytest.fixture
 def mergeable(monkeypatch: pytest.MonkeyPatch) -> None:
     """QEMU offers guest memory for merging, as it does by itself."""
-    monkeypatch.setattr("lab.commandline.machine_option", lambda _: ",mem-merge=on")
+    monkeypatch.setattr("lab.vm.commandline.machine_option", lambda _: ",mem-merge=on")
 
 
 @pytest.mark.usefixtures("mergeable")

@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.vm.failing_disk import MOUNT, stalling
+from tests.support.failing_disk import MOUNT, stalling
+from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-tcg")]
 
-ROOT = Path(__file__).parents[2]
 BOUND_S = 60.0
 FITHAW = 0xC0045878
 
@@ -26,7 +26,7 @@ FITHAW = 0xC0045878
 STALLED = """
 import asyncio, os, subprocess, sys
 from pathlib import Path
-from tests.vm.failing_disk import MOUNT, stalling
+from tests.support.failing_disk import MOUNT, stalling
 
 async def main():
     async with stalling(Path(sys.argv[1]), 16) as disk:

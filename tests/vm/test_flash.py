@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import lab
-from lab.flash import flash_writer
-from lab.oracle import verify_method
-from lab.qmp import Event
+from lab.verify.oracle import verify_method
+from lab.vm.flash import flash_writer
+from lab.vm.qmp import Event
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-tcg", "micro-kvm")]
 

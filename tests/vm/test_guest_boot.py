@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lab.guest.build import ensure_guest
-from lab.guest.protocol import (
+from lab.guests.linux.build import ensure_guest
+from lab.guests.protocol import (
     PAGE_BYTES,
     PAGE_MAGIC,
     PAGE_WORDS,

@@ -14,13 +14,14 @@ import pytest
 import pytest_asyncio
 
 import lab
-from lab import oracle
 from lab.errors import QmpError, RestoreError
-from lab.mechanisms.base import Hold
-from lab.oracle import verify_method
-from lab.snapshot import Snapshot, take
-from lab.vm import VM
-from tests.vm.bench import Stand, info, is_left_alone, phases, until
+from lab.session import VM
+from lab.snapshot.mechanisms.base import Hold
+from lab.snapshot.result import Snapshot
+from lab.snapshot.take import take
+from lab.verify import oracle
+from lab.verify.oracle import verify_method
+from tests.support.bench import Stand, info, is_left_alone, phases, until
 
 pytestmark = [
     pytest.mark.vm,

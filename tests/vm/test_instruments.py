@@ -8,11 +8,13 @@ import psutil
 import pytest
 
 import lab
-from lab.columns import COLUMNS
 from lab.errors import HostError
-from lab.hugepages import rebuild_huge_pages, require_rebuild
-from lab.sample import take_sample
-from lab.scenario import Instruments, Scenario, to_json
+from lab.instruments.hugepages import rebuild_huge_pages, require_rebuild
+from lab.measure.sample import take_sample
+from lab.runs.columns import COLUMNS
+from lab.scenario.document import to_json
+from lab.scenario.instruments import Instruments
+from lab.scenario.scenario import Scenario
 
 pytestmark = [
     pytest.mark.vm,

@@ -25,14 +25,16 @@ import pytest
 import pytest_asyncio
 
 from lab.errors import LabError, QmpError, SnapshotError
-from lab.guest.protocol import PAGE_BYTES, ProgressPage
-from lab.mechanisms.base import Hold
-from lab.oracle import verify_method
-from lab.process import wrapped
-from lab.scenario import MAPPED_RAM, METHODS
-from lab.snapshot import Snapshot, take
-from lab.vm import VM, file_channel
-from tests.vm.bench import (
+from lab.guests.protocol import PAGE_BYTES, ProgressPage
+from lab.host.process import wrapped
+from lab.scenario.methods import MAPPED_RAM, METHODS
+from lab.session import VM
+from lab.snapshot.image import file_channel
+from lab.snapshot.mechanisms.base import Hold
+from lab.snapshot.result import Snapshot
+from lab.snapshot.take import take
+from lab.verify.oracle import verify_method
+from tests.support.bench import (
     Stand,
     begin,
     configure,
@@ -51,10 +53,10 @@ from tests.vm.bench import (
     userfaults,
     works_on,
 )
-from tests.vm.failing_disk import full_after, stalling
-from tests.vm.gate import Gates
-from tests.vm.gate import gates as gates_of_guests
-from tests.vm.outgoing import outgoing
+from tests.support.failing_disk import full_after, stalling
+from tests.support.gate import Gates
+from tests.support.gate import gates as gates_of_guests
+from tests.support.outgoing import outgoing
 
 pytestmark = [
     pytest.mark.vm,
@@ -287,9 +289,9 @@ async def test_disk_full_at_any_byte(vm: VM, method: str, tmp_path: Path) -> Non
 
 async def test_disk_full_leaves_no_file(vm: VM, monkeypatch: pytest.MonkeyPatch) -> None:
     # As if others had filled it up since the lab looked.
-    monkeypatch.setattr("lab.snapshot._check_disk", lambda *args: None)
-    monkeypatch.setattr("lab.snapshot.room_bytes", lambda folder: 1 << 40)
-    monkeypatch.setattr("lab.room.reserve_bytes", lambda size_bytes: 0)
+    monkeypatch.setattr("lab.snapshot.take.check_disk", lambda *args: None)
+    monkeypatch.setattr("lab.snapshot.attempt.room_bytes", lambda folder: 1 << 40)
+    monkeypatch.setattr("lab.host.room.reserve_bytes", lambda size_bytes: 0)
     async with full_after(4 << 20) as folder:
         with pytest.raises(SnapshotError, match=NO_SPACE):
             await vm.snapshot(folder / "a.snap", "live", progress=False)

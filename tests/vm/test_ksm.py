@@ -12,13 +12,13 @@ import pytest
 
 import lab
 from lab.errors import HostError, TransientError
-from lab.guest.protocol import PAGE_BYTES
-from lab.hostmem import write_process
-from lab.ksm import KSM, PR_SET_MEMORY_MERGE, ksm_running
-from lab.oracle import verify_method
-from lab.scenario import RamKind
-from lab.vm import VM
-from tests.vm.bench import until, until_phase
+from lab.guests.protocol import PAGE_BYTES
+from lab.host.ksm import KSM, PR_SET_MEMORY_MERGE, ksm_running
+from lab.host.memory import write_process
+from lab.scenario.machine import RamKind
+from lab.session import VM
+from lab.verify.oracle import verify_method
+from tests.support.bench import until, until_phase
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-kvm", "micro-tcg")]
 

@@ -12,8 +12,8 @@ import pytest
 import lab
 from lab.errors import GuestError, HostError, LaunchError, QmpError, SnapshotError
 from lab.qemu.build import find_qemu
-from lab.scenario import MAPPED_RAM, METHODS, Variant
-from lab.vm import VM
+from lab.scenario.methods import MAPPED_RAM, METHODS, Variant
+from lab.session import VM
 
 pytestmark = [pytest.mark.vm, pytest.mark.thorough]
 
@@ -63,7 +63,7 @@ async def test_a_qemu_that_dies_while_it_runs_is_told_and_ends_every_wait(tmp_pa
 
 
 async def test_a_guest_that_refuses_its_workload_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lab.vm.check_fit", lambda machine, workload: None)
+    monkeypatch.setattr("lab.vm.boot.check_fit", lambda machine, workload: None)
     with pytest.raises(GuestError, match="refused"):
         async with lab.boot(MACHINE, lab.Workload(wss_mib=4096), binary="unpatched"):
             pass
@@ -112,7 +112,7 @@ async def test_a_disk_that_fills_up_fails_the_snapshot_and_nothing_else(
 ) -> None:
     # A limit on the size of files acts as a full disk does: write() fails in the middle.  The lab
     # could foresee that one.
-    monkeypatch.setattr("lab.snapshot._check_disk", lambda *args: None)
+    monkeypatch.setattr("lab.snapshot.take.check_disk", lambda *args: None)
     script = "trap '' XFSZ\nexec prlimit --fsize=20000000:unlimited -- $QEMU \"$@\""
     variant = METHODS[method].preferred_variant
     wrap_qemu(tmp_path, monkeypatch, script, variant)

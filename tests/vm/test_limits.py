@@ -15,15 +15,15 @@ import pytest
 
 import lab
 from lab.errors import HostError, SnapshotError
-from lab.plots import stamp_text
-from lab.ram import QEMU_OVERHEAD_MIB
-from lab.run import load_set
-from lab.scenario import RamKind
-from lab.snapshot import take
-from lab.vm import VM
-from tests.vm.bench import is_left_alone
-from tests.vm.cgroups import PERIOD_US, LimitedGroup, limited_group
-from tests.vm.failing_disk import full_after
+from lab.figures.plots import stamp_text
+from lab.runs.sets import load_set
+from lab.scenario.machine import RamKind
+from lab.session import VM
+from lab.snapshot.take import take
+from lab.vm.ram import QEMU_OVERHEAD_MIB
+from tests.support.bench import is_left_alone
+from tests.support.cgroups import PERIOD_US, LimitedGroup, limited_group
+from tests.support.failing_disk import full_after
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-tcg")]
 
@@ -146,7 +146,7 @@ async def test_an_image_larger_than_a_file_may_be_fails_and_the_guest_runs_on(
             with lowered("FSIZE", 16 * MIB, vm.pid):
                 await fails(vm, image, method, "RLIMIT_FSIZE")
         # Where that is not foreseen, QEMU finds out and is not ended by it.
-        monkeypatch.setattr("lab.snapshot._check_disk", lambda *args: None)
+        monkeypatch.setattr("lab.snapshot.take.check_disk", lambda *args: None)
         for method in METHODS_HERE:
             with lowered("FSIZE", 16 * MIB, vm.pid):
                 await fails(vm, image, method, r"\(RLIMIT_FSIZE\).*ulimit -f")

@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 
-from lab import measure, notebooks, run
-from lab.accelerator import accelerator_problem
+from lab.measure.campaign import open_set, plan_here
+from lab.measure.ground import survey
+from lab.report import notebooks
+from lab.runs.sets import RunSet, load_set
+from lab.scenario.plan import Plan
+from lab.vm.accelerator import accelerator_problem
+from tests.support.paths import ROOT
 
 pytestmark = [
     pytest.mark.vm,
@@ -16,7 +21,6 @@ pytestmark = [
     pytest.mark.platforms("tcg"),
 ]
 
-ROOT = Path(__file__).resolve().parents[2]
 PATHS = notebooks.notebook_paths(ROOT / "notebooks")
 RAM_MIB = 192
 WSS_MIB = 32
@@ -25,7 +29,7 @@ METHODS = ("live", "background", "migrate-to-file")
 TIMEOUT_S = 300.0
 
 
-def smaller(plan: measure.Plan) -> measure.Plan:
+def smaller(plan: Plan) -> Plan:
     """A plan that asks the same of small guests: of each parameter two values, of sizes small
     ones; where several parameters are varied together, of the others one.
     """
@@ -43,15 +47,15 @@ def smaller(plan: measure.Plan) -> measure.Plan:
     )
 
 
-async def skip_without_accelerator(recorded: run.RunSet) -> None:
-    if problem := await accelerator_problem(measure.plan_here(recorded).machine):
+async def skip_without_accelerator(recorded: RunSet) -> None:
+    if problem := await accelerator_problem(plan_here(recorded).machine):
         pytest.skip(f"{recorded.name}: {problem}")
 
 
-def small_set(recorded: run.RunSet, folder: Path) -> run.RunSet:
+def small_set(recorded: RunSet, folder: Path) -> RunSet:
     """A set of nothing but a plan, which is all that measuring again asks for."""
-    plan = smaller(measure.plan_here(recorded))
-    return measure.open_set(folder / recorded.name, plan, measure.survey(plan))
+    plan = smaller(plan_here(recorded))
+    return open_set(folder / recorded.name, plan, survey(plan))
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -59,7 +63,7 @@ async def test_it_runs_live(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     parameters: dict[str, Any] = {"LIVE": True}
     for parameter, name in notebooks.sets_named(path).items():
-        recorded = run.load_set(ROOT / "data" / name)
+        recorded = load_set(ROOT / "data" / name)
         if recorded.kind != "floor":
             await skip_without_accelerator(recorded)
         shown = recorded if recorded.kind == "floor" else small_set(recorded, tmp_path)
@@ -68,6 +72,6 @@ async def test_it_runs_live(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
     await notebooks.execute(path, target, parameters, timeout_s=TIMEOUT_S)
     assert len(notebooks.save_figures(target, tmp_path / "figures")) >= 3
     # What it shows was measured by it, and its guests and images are gone.
-    measured = [run.load_set(found.parent) for found in tmp_path.glob("*/*/set.json")]
+    measured = [load_set(found.parent) for found in tmp_path.glob("*/*/set.json")]
     assert all(one.complete and all(taken.ok for taken in one) for one in measured)
     assert not list(tmp_path.glob("**/*.snap"))

@@ -14,8 +14,9 @@ import pytest
 
 import lab
 from lab.errors import UsageError
-from lab.vm import VM
-from tests.vm.bench import works_on
+from lab.session import VM
+from tests.support.bench import works_on
+from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-tcg")]
 
@@ -141,7 +142,7 @@ def test_a_guest_whose_loop_was_closed_around_it_is_ended_when_that_is_noticed(
     """Field report F23."""
     done = subprocess.run(
         [sys.executable, "-c", SUBSHELL],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         # What is left of a guest that ends with the interpreter is left here.
         env={**os.environ, "TMPDIR": str(tmp_path)},
         capture_output=True,

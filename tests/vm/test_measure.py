@@ -10,14 +10,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lab import notebooks, run, tables
-from lab.columns import COLUMNS, METRICS, SUMMARY_FIELDS
-from lab.measure import Plan, measure, survey
-from lab.scenario import METHODS, Machine, Workload
+from lab.analysis.slowdown import BASELINE_NS
+from lab.measure.campaign import measure
+from lab.measure.ground import survey
+from lab.report import notebooks
+from lab.runs.columns import COLUMNS, METRICS, SUMMARY_FIELDS
+from lab.runs.sets import load_set
+from lab.scenario.machine import Machine
+from lab.scenario.methods import METHODS
+from lab.scenario.plan import Plan
+from lab.scenario.workload import Workload
+from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg")]
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--ram-mib", "256", "--wss-mib", "48"]
 
 
@@ -68,7 +74,7 @@ async def test_every_method_is_measured_verified_and_recorded(tmp_path: Path) ->
         for name, table in one.record.tables.items():
             assert [c.name for c in table.columns] == list(COLUMNS[name])
         progress = one.df_progress()
-        assert progress["t_ns"].iloc[0] <= marks.request_ns - tables.BASELINE_NS
+        assert progress["t_ns"].iloc[0] <= marks.request_ns - BASELINE_NS
     # No image is left, and nothing else either.
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
@@ -101,14 +107,14 @@ async def test_an_interrupt_leaves_no_guest_and_a_set_that_can_be_continued(tmp_
     assert command.returncode == 130
     assert f"--out {out} continue" in err.decode()
     assert not any(guest.is_running() for guest in guests)
-    left = run.load_set(out)
+    left = load_set(out)
     assert [r.summary for r in left] == [first]
 
     command = await lab_command(*arguments, "--out", str(out))
     text, _ = await command.communicate()
     assert command.returncode == 0
     assert len(text.splitlines()) == 1
-    done = run.load_set(out)
+    done = load_set(out)
     assert done.runs[0].summary == first
     assert done.complete
 

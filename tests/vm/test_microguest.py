@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 
 import lab
-from lab import accelerator
 from lab.errors import GuestError, RestoreError
-from lab.guest import micro
-from lab.guest.protocol import PAGE_BYTES, LatencyPage, ProgressPage
-from lab.hostmem import write_process
-from lab.oracle import verify_method
-from lab.scenario import Accel
-from lab.vm import VM
+from lab.guests.micro import build as micro
+from lab.guests.protocol import PAGE_BYTES, LatencyPage, ProgressPage
+from lab.host.memory import write_process
+from lab.scenario.machine import Accel
+from lab.session import VM
+from lab.verify.oracle import verify_method
+from lab.vm.accelerator import kvm_guest_problem, settled
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-tcg", "micro-kvm")]
 
@@ -213,13 +213,14 @@ async def restored_under(accel: Accel, image: Path) -> ProgressPage:
 async def test_an_image_goes_from_tcg_to_kvm_and_not_back(
     platform: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if problem := await accelerator.kvm_guest_problem("micro"):
+    if problem := await kvm_guest_problem("micro"):
         pytest.skip(f"KVM is not here: {problem}")
     image = tmp_path / "a.snap"
     async with lab.boot(MACHINE, WORKLOAD) as vm:
         await vm.snapshot(image, "live", progress=False)
         nonce = vm.ready.nonce
-    monkeypatch.setattr("lab.vm.settled", accelerator.settled)
+    for room in ("lab.vm.boot", "lab.snapshot.restore"):
+        monkeypatch.setattr(f"{room}.settled", settled)
     assert (await restored_under("kvm", image)).nonce == nonce
     if platform == "micro-tcg":
         assert (await restored_under("tcg", image)).nonce == nonce

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from lab.cache import cache_dir
-from lab.host import require_setpriv
-from lab.probe import UFFD_DEVICE
+from lab.host.cache import cache_dir
+from lab.host.needs import require_setpriv
+from lab.host.probe import UFFD_DEVICE
 from lab.qemu.build import find_qemu
+from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-tcg")]
 
-ROOT = Path(__file__).parents[2]
 USER = 54321
 """Of nobody: neither an account nor a group is needed."""
 

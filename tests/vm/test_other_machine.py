@@ -13,10 +13,10 @@ import pytest
 import pytest_asyncio
 
 import lab
-from lab.imagefile import read_sidecar
-from lab.scenario import METHODS
-from lab.sidecar import Sidecar, sidecar_path
-from tests.vm.bench import refusal
+from lab.scenario.methods import METHODS
+from lab.snapshot.image import read_sidecar
+from lab.snapshot.sidecar import Sidecar, sidecar_path
+from tests.support.bench import refusal
 
 pytestmark = [
     pytest.mark.vm,

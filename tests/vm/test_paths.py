@@ -12,9 +12,9 @@ import pytest_asyncio
 
 import lab
 from lab.errors import SnapshotError
-from lab.sidecar import sidecar_path
-from lab.vm import VM
-from tests.vm.bench import is_left_alone
+from lab.session import VM
+from lab.snapshot.sidecar import sidecar_path
+from tests.support.bench import is_left_alone
 
 pytestmark = [
     pytest.mark.vm,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lab
-from tests.vm.bench import is_left_alone, small
+from tests.support.bench import is_left_alone, small
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-tcg", "micro-kvm")]
 

@@ -14,12 +14,13 @@ import pytest_asyncio
 
 import lab
 from lab.errors import LaunchError, QmpError
-from lab.guest.protocol import kernel_command_line
-from lab.sidecar import sidecar_path
-from lab.snapshot import Snapshot, take
-from lab.vm import VM
-from tests.vm.bench import small, until_phase
-from tests.vm.cgroups import limited_group
+from lab.guests.protocol import kernel_command_line
+from lab.session import VM
+from lab.snapshot.result import Snapshot
+from lab.snapshot.sidecar import sidecar_path
+from lab.snapshot.take import take
+from tests.support.bench import small, until_phase
+from tests.support.cgroups import limited_group
 
 pytestmark = [
     pytest.mark.vm,

@@ -11,12 +11,12 @@ import pytest
 
 import lab
 from lab.errors import HostError
-from lab.host import thp_settings
-from lab.hostmem import Residency, residency
-from lab.oracle import verify_method
-from lab.sample import filesystem_of
-from lab.scenario import HUGE_PAGE_MIB, RamKind
-from lab.vm import VM
+from lab.host.info import thp_settings
+from lab.host.memory import Residency, residency
+from lab.measure.sample import filesystem_of
+from lab.scenario.machine import HUGE_PAGE_MIB, RamKind
+from lab.session import VM
+from lab.verify.oracle import verify_method
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg", "kvm", "micro-kvm")]
 

@@ -11,11 +11,11 @@ from typing import Self
 import pytest
 
 import lab
-from lab.oracle import verify_method
-from lab.scenario import METHODS
-from lab.vm import VM
-from tests.vm.bench import begin, configure, ended, info, is_left_alone, phases, small, start
-from tests.vm.failing_disk import full_after
+from lab.scenario.methods import METHODS
+from lab.session import VM
+from lab.verify.oracle import verify_method
+from tests.support.bench import begin, configure, ended, info, is_left_alone, phases, small, start
+from tests.support.failing_disk import full_after
 
 pytestmark = [
     pytest.mark.vm,

@@ -8,11 +8,11 @@ import pytest
 import pytest_asyncio
 
 import lab
-from lab.imagefile import OpenImage, check_image
-from lab.scenario import METHODS, Variant
-from lab.sidecar import sidecar_path
-from lab.vm import VM
-from tests.vm.bench import works_on
+from lab.scenario.methods import METHODS, Variant
+from lab.session import VM
+from lab.snapshot.image import OpenImage, check_image
+from lab.snapshot.sidecar import sidecar_path
+from tests.support.bench import works_on
 
 pytestmark = [
     pytest.mark.vm,
@@ -100,7 +100,7 @@ async def test_what_was_checked_is_what_qemu_reads(
             here.replace(there)
         replaced.append(image)
 
-    monkeypatch.setattr("lab.vm.check_image", replace)
+    monkeypatch.setattr("lab.snapshot.restore.check_image", replace)
     async with lab.restore(image, binary=binary, channels=channels) as again:
         assert replaced == [image]
         assert (await again.progress_page()).nonce == expected != vm.ready.nonce

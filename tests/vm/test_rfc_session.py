@@ -14,14 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from lab.guest.build import find_guest
-from lab.guest.protocol import (
-    PROGRESS_OPS,
-    ReadyRecord,
-    kernel_command_line,
-    parse_record,
-)
-from lab.process import wrapped
+from lab.guests.linux.build import find_guest
+from lab.guests.protocol import PROGRESS_OPS, ReadyRecord, kernel_command_line, parse_record
+from lab.host.process import wrapped
 from lab.qemu.build import find_qemu
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600), pytest.mark.platforms("tcg")]

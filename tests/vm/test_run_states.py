@@ -10,12 +10,13 @@ import pytest
 
 import lab
 from lab.errors import RestoreError, SnapshotError
+from lab.host.workdir import private_folder
 from lab.qemu.build import find_qemu
-from lab.scenario import METHODS
-from lab.vm import VM, _launched
-from lab.workdir import private_folder
-from tests.vm.bench import begin, ended, until, until_status, works_on
-from tests.vm.door import Door, door, door_arguments, single_step
+from lab.scenario.methods import METHODS, Variant
+from lab.session import VM
+from lab.vm.launch import launched
+from tests.support.bench import begin, ended, until, until_status, works_on
+from tests.support.door import Door, door, door_arguments, single_step
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-tcg")]
 
@@ -139,9 +140,7 @@ GOES_ON = ("running", "suspended")
 
 
 @contextlib.asynccontextmanager
-async def guest_in(
-    state: str, folder: Path, *, binary: lab.scenario.Variant = "patched"
-) -> AsyncIterator[VM]:
+async def guest_in(state: str, folder: Path, *, binary: Variant = "patched") -> AsyncIterator[VM]:
     """A guest that is in a run state."""
     async with (
         lab.boot(machine_with_door(folder), WORKLOAD, binary=binary) as vm,
@@ -279,8 +278,8 @@ async def test_a_state_that_only_kvm_gets_into_is_kept_as_well(
 async def test_a_guest_that_has_not_been_restored_yet_is_not_snapshotted(
     folder: Path, tmp_path: Path
 ) -> None:
-    waiting = _launched(
-        find_qemu("patched"), machine_with_door(folder), WORKLOAD, incoming=True, paused=True
+    waiting = launched(
+        VM, find_qemu("patched"), machine_with_door(folder), WORKLOAD, incoming=True, paused=True
     )
     async with waiting as vm:
         assert await vm.status() == "inmigrate"
@@ -303,7 +302,7 @@ async def test_a_guest_that_has_migrated_is_not_snapshotted(folder: Path, tmp_pa
 
 @pytest.mark.parametrize("binary", ["patched", "unpatched"])
 async def test_a_guest_that_has_failed_to_load_a_snapshot_is_not_snapshotted(
-    binary: lab.scenario.Variant, folder: Path, tmp_path: Path
+    binary: Variant, folder: Path, tmp_path: Path
 ) -> None:
     methods = [name for name, how in METHODS.items() if how.runs_on(binary) and not how.direct_io]
     async with guest_in("running", folder, binary=binary) as vm:

@@ -11,12 +11,13 @@ import pytest
 
 import lab
 from lab.errors import RestoreError, SnapshotError, UsageError
-from lab.imagefile import MARK_BYTES, read_sidecar
-from lab.oracle import verify_method
-from lab.room import reserve_bytes
-from lab.scenario import METHODS, Variant
-from lab.sidecar import sidecar_path
-from lab.vm import VM
+from lab.host.room import reserve_bytes
+from lab.scenario.machine import Accel
+from lab.scenario.methods import METHODS, Variant
+from lab.session import VM
+from lab.snapshot.image import MARK_BYTES, read_sidecar
+from lab.snapshot.sidecar import sidecar_path
+from lab.verify.oracle import verify_method
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg", "kvm", "micro-kvm")]
 
@@ -55,7 +56,7 @@ async def vm(request: pytest.FixtureRequest) -> AsyncIterator[VM]:
 NODES_MIB = 64
 
 
-def two_nodes(accel: lab.scenario.Accel) -> tuple[lab.Machine, lab.Workload]:
+def two_nodes(accel: Accel) -> tuple[lab.Machine, lab.Workload]:
     """A machine whose RAM is in two blocks, with a guest that writes to both."""
     nodes = [f"n{number}" for number in range(2)]
     arguments = [
@@ -321,8 +322,8 @@ async def test_no_room_on_the_disk_is_refused_before_anything_happens(
 async def test_a_migration_that_does_not_converge_is_given_up_and_the_guest_runs_on(
     vm: VM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lab.snapshot.MAX_PRECOPY_RAM_SIZES", 0)
-    monkeypatch.setattr("lab.snapshot.SIZE_POLL_S", 0)
+    monkeypatch.setattr("lab.snapshot.attempt.MAX_PRECOPY_RAM_SIZES", 0)
+    monkeypatch.setattr("lab.snapshot.attempt.SIZE_POLL_S", 0)
     with pytest.raises(SnapshotError, match="does not converge"):
         await vm.snapshot(tmp_path / "a.snap", "migrate-to-file", progress=False)
     assert list(tmp_path.iterdir()) == []

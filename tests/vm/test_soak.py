@@ -15,10 +15,11 @@ import pytest
 
 import lab
 import lab.__main__ as command_line
-from lab.draw import MAX_RAM_MIB, VERSION, Choice, Offer, Trial, draw
-from lab.scenario import METHODS
-from lab.tally import read_record
-from lab.vm import BOOT_TIMEOUT_S, VM
+from lab.scenario.methods import METHODS
+from lab.session import VM
+from lab.verify.soak.draw import MAX_RAM_MIB, VERSION, Choice, Offer, Trial, draw
+from lab.verify.soak.record import read_record
+from lab.vm.vm import BOOT_TIMEOUT_S
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg")]
 
@@ -93,7 +94,7 @@ def test_a_guest_that_is_stopped_is_compared_and_goes_on(tmp_path: Path) -> None
 def test_a_thread_that_is_stuck_fails_its_iteration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lab.stuck.Watch.finding", "waited over 1 s for one page: CPU 0/TCG")
+    monkeypatch.setattr("lab.verify.stuck.Watch.finding", "waited over 1 s for one page: CPU 0/TCG")
     out = tmp_path / "record.jsonl"
     arguments = ["--seed=1", "--iterations=1", "--guest=micro", "--method=live"]
     assert command_line.main(["soak", *arguments, f"--out={out}"]) == 1
@@ -179,7 +180,8 @@ def test_a_guest_that_is_silent_at_boot_is_noted_and_booted_once_more(
     # No guest says anything so soon.
     patience_s = iter([0.3] * silent + [BOOT_TIMEOUT_S] * 2)
     monkeypatch.setattr(
-        "lab.soak.boot", lambda *args, **kw: lab.boot(*args, timeout_s=next(patience_s), **kw)
+        "lab.verify.soak.soak.boot",
+        lambda *args, **kw: lab.boot(*args, timeout_s=next(patience_s), **kw),
     )
     out = tmp_path / "record.jsonl"
     arguments = ["--seed=2", "--iterations=1", "--method=live", "--ram-kind=anon", f"--out={out}"]

@@ -12,14 +12,15 @@ import pytest
 import pytest_asyncio
 
 import lab
-from lab import oracle
 from lab.errors import QmpError
-from lab.mechanisms.base import Hold
-from lab.oracle import verify_method
-from lab.scenario import METHODS
-from lab.snapshot import Snapshot, take
-from lab.vm import VM
-from tests.vm.bench import (
+from lab.scenario.methods import METHODS
+from lab.session import VM
+from lab.snapshot.mechanisms.base import Hold
+from lab.snapshot.result import Snapshot
+from lab.snapshot.take import take
+from lab.verify import oracle
+from lab.verify.oracle import verify_method
+from tests.support.bench import (
     Stand,
     begin,
     ended,
@@ -32,8 +33,8 @@ from tests.vm.bench import (
     waiting_writers,
     works_on,
 )
-from tests.vm.failing_disk import Mount, stalling
-from tests.vm.outgoing import outgoing
+from tests.support.failing_disk import Mount, stalling
+from tests.support.outgoing import outgoing
 
 pytestmark = [
     pytest.mark.vm,

@@ -15,14 +15,16 @@ import pytest_asyncio
 
 import lab
 from lab.errors import SnapshotError, UsageError
-from lab.oracle import verify_method
-from lab.sample import take_sample
-from lab.scenario import METHODS, Scenario, Storage, Variant
-from lab.snapshot import Snapshot
-from lab.storage import BUFFER_BYTES
-from lab.vm import VM
-from tests.vm.bench import Stand, is_left_alone, until, works_on
-from tests.vm.failing_disk import full_after
+from lab.measure.sample import take_sample
+from lab.scenario.methods import METHODS, Variant
+from lab.scenario.scenario import Scenario
+from lab.scenario.storage import Storage
+from lab.session import VM
+from lab.snapshot.result import Snapshot
+from lab.snapshot.throttle import BUFFER_BYTES
+from lab.verify.oracle import verify_method
+from tests.support.bench import Stand, is_left_alone, until, works_on
+from tests.support.failing_disk import full_after
 
 pytestmark = [
     pytest.mark.vm,
@@ -150,8 +152,8 @@ async def test_a_full_disk_is_named_and_leaves_no_file(
     vm: VM, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As if others had filled it up since the lab looked.
-    monkeypatch.setattr("lab.snapshot._check_disk", lambda *args: None)
-    monkeypatch.setattr("lab.snapshot.room_bytes", lambda folder: 1 << 40)
+    monkeypatch.setattr("lab.snapshot.take.check_disk", lambda *args: None)
+    monkeypatch.setattr("lab.snapshot.attempt.room_bytes", lambda folder: 1 << 40)
     async with full_after(8 << 20) as folder:
         with pytest.raises(SnapshotError, match=f"{method} failed: No space left on device"):
             await vm.snapshot(folder / "a.snap", method, progress=False, storage_mib_per_s=RATE)

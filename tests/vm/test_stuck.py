@@ -11,10 +11,10 @@ import pytest
 import pytest_asyncio
 
 import lab
-from lab.oracle import verify_method
-from lab.stuck import watching
-from lab.vm import VM
-from tests.vm.bench import (
+from lab.session import VM
+from lab.verify.oracle import verify_method
+from lab.verify.stuck import watching
+from tests.support.bench import (
     begin,
     ended,
     info,
@@ -26,10 +26,10 @@ from tests.vm.bench import (
     waiting_writers,
     works_on,
 )
-from tests.vm.failing_disk import stalling
-from tests.vm.gate import Gates
-from tests.vm.gate import gates as gates_of_guests
-from tests.vm.outgoing import outgoing
+from tests.support.failing_disk import stalling
+from tests.support.gate import Gates
+from tests.support.gate import gates as gates_of_guests
+from tests.support.outgoing import outgoing
 
 pytestmark = [
     pytest.mark.vm,

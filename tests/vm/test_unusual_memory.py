@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 import lab
-from lab.host import available_memory_mib
-from lab.oracle import verify_method
-from lab.ram import machine_option
-from lab.scenario import Machine
-from lab.vm import VM
-from tests.vm.bench import is_left_alone, small
+from lab.host.needs import available_memory_mib
+from lab.scenario.machine import Machine
+from lab.session import VM
+from lab.verify.oracle import verify_method
+from lab.vm.ram import machine_option
+from tests.support.bench import is_left_alone, small
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-tcg", "micro-kvm")]
 
@@ -40,7 +40,7 @@ def setting(path: Path, value: str) -> Iterator[None]:
 
 
 def backed_by(*backend: str) -> Callable[[Machine], list[str]]:
-    """What takes the place of `lab.ram.ram_arguments`."""
+    """What takes the place of `lab.vm.ram.ram_arguments`."""
 
     def arguments(machine: Machine) -> list[str]:
         size = f"{machine.ram_mib}M"
@@ -71,7 +71,7 @@ async def test_huge_pages_of_a_gib_are_taken(
         machine = Machine(ram_mib=1024, ram_kind="memfd")
         gigantic = backed_by("memory-backend-memfd", "hugetlb=on", "hugetlbsize=1G")
         with monkeypatch.context() as patch:
-            patch.setattr("lab.commandline.ram_arguments", gigantic)
+            patch.setattr("lab.vm.commandline.ram_arguments", gigantic)
             booted = lab.boot(machine, lab.Workload("random", wss_mib=64))
             vm = await booted.__aenter__()
         try:
@@ -122,9 +122,9 @@ async def test_a_file_that_was_used_before_is_cleared_by_a_restore(
     async with lab.boot(machine, workload) as vm:
         # The options that are there for any backend, for a guest whose RAM had none.
         option = machine_option(dataclasses.replace(machine, ram_kind="memfd"))
-        monkeypatch.setattr("lab.commandline.machine_option", lambda machine: option)
+        monkeypatch.setattr("lab.vm.commandline.machine_option", lambda machine: option)
         monkeypatch.setattr(
-            "lab.commandline.ram_arguments", backed_by("memory-backend-file", f"mem-path={used}")
+            "lab.vm.commandline.ram_arguments", backed_by("memory-backend-file", f"mem-path={used}")
         )
         found = await verify_method(vm, method, tmp_path)
         assert found.equal, found.detail

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import lab
-from lab.guest.protocol import REPLAYED_KINDS
-from lab.oracle import verify_method
-from lab.scenario import WorkloadKind
-from lab.vm import VM
+from lab.guests.protocol import REPLAYED_KINDS
+from lab.scenario.workload import WorkloadKind
+from lab.session import VM
+from lab.verify.oracle import verify_method
 
 pytestmark = [
     pytest.mark.vm,

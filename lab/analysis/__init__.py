@@ -1,0 +1,1 @@
+"""Figures from recorded tables: pure functions."""

@@ -1,0 +1,1 @@
+"""What runs in a machine, and how it talks with the host."""

@@ -1,0 +1,1 @@
+"""The Linux guest: kernel, initramfs and its one program."""

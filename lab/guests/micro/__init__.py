@@ -1,0 +1,1 @@
+"""The microguest: a workload without a kernel."""

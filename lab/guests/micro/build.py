@@ -1,0 +1,182 @@
+"""The microguest: compile its ROM, and write a copy of it that holds what the guest is to do.
+
+The guest is described in micro/README.md, and the pages that it counts in, which are those of
+the Linux guest, in README.md.  What is in the cache: ``guest/microguest-<key>.rom``, where the key
+is a hash of everything the bytes depend on.
+"""
+
+import secrets
+import struct
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.errors import BuildError, GuestError, HostError
+from lab.guests import common
+from lab.guests.protocol import KINDS, ProgressPage, ReadyRecord
+from lab.host.cache import cache_dir
+from lab.host.files import content_key, sha256_of
+from lab.host.tools import run_tool
+from lab.scenario.machine import Machine
+from lab.scenario.workload import Workload
+
+__all__ = ["Microguest", "ensure_microguest", "find_microguest", "rom_for"]
+
+Progress = Callable[[str], None]
+
+_FOLDER = Path(__file__).parent
+_SOURCES = [_FOLDER / name for name in ("boot.S", "main.c", "layout.ld.S")]
+_HEADERS = [_FOLDER / name for name in ("memory.h", "processor.h")]
+_HEADERS += common.HEADERS
+# No register but the general ones: nobody has set up the others.  No red zone and no protector of
+# the stack, because nobody has set up what they need either.
+_CFLAGS = (
+    *("-std=gnu11", "-O2", "-Wall", "-Wextra", "-ffreestanding", "-nostdlib"),
+    *("-mgeneral-regs-only", "-mno-red-zone", "-mcmodel=small", "-fno-pic", "-fno-pie"),
+    *("-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fcf-protection=none"),
+)
+_LDFLAGS = ("-n", "-static", "--build-id=none", "--no-warn-rwx-segments")
+
+ROM_BYTES = 64 << 10
+ROM_ADDRESS = 0xF0000
+PARAMETERS_ADDRESS = 0xFFF00
+PROGRESS_ADDRESS = 0x200000
+PARAMETERS_MAGIC = 0x3152434D4C42414C  # "LABLMCR1"
+_PARAMETERS = struct.Struct("<9Q")
+
+FLAG_TIME_WRITES = 1 << 0
+FLAG_HUGE_PAGES = 1 << 1
+FLAG_WARM_UP = 1 << 2
+
+REFUSALS = {
+    1: "it does not know such parameters",
+    2: "the working set does not fit into its RAM",
+    3: "the timer of its APIC does not count",
+    4: "a vCPU does not start",
+}
+
+CPU_MODEL = "qemu64,-pni"
+"""PVM's KVM refuses a model with more; the guest has no use for more under any accelerator."""
+
+
+@dataclass(frozen=True)
+class Microguest:
+    """A ROM that QEMU can boot with `-bios`, once `rom_for` has written parameters into it.
+
+    :param rom: the file, without parameters.
+    :param kernel_version: what stands for it where the Linux guest has its kernel's version.
+    :param kernel_sha256: hash of the ROM, which is all the software that the guest has.
+    """
+
+    rom: Path
+    kernel_version: str
+    kernel_sha256: str
+
+
+def find_microguest() -> Microguest:
+    """Return the microguest that is in the cache, without compiling anything.
+
+    :raises HostError: it is not built, or was built from other sources.
+    """
+    path = _rom_path()
+    if not path.is_file():
+        raise HostError("the microguest is not built", "run `lab build`")
+    return _microguest(path)
+
+
+async def ensure_microguest(progress: Progress | None = None) -> Microguest:
+    """Return the microguest, after compiling it if it is not in the cache.
+
+    :param progress: called with a line before what takes time.
+    :raises HostError: no compiler.
+    :raises BuildError: it does not compile.
+    """
+    path = _rom_path()
+    if not path.is_file():
+        if progress is not None:
+            progress("guest: compiling the microguest")
+        await _build(path)
+    return _microguest(path)
+
+
+def _microguest(path: Path) -> Microguest:
+    return Microguest(rom=path, kernel_version="microguest", kernel_sha256=sha256_of(path))
+
+
+def _rom_path() -> Path:
+    flags = " ".join((*_CFLAGS, *_LDFLAGS)).encode()
+    key = content_key(flags, *(path.read_bytes() for path in (*_SOURCES, *_HEADERS)))
+    folder = cache_dir() / "guest"
+    folder.mkdir(exist_ok=True)
+    return folder / f"microguest-{key}.rom"
+
+
+async def _build(target: Path) -> None:
+    boot, main, layout = _SOURCES
+    log = target.with_name("microguest.log")
+    with tempfile.TemporaryDirectory(prefix=".microguest-", dir=target.parent) as temporary:
+        work = Path(temporary)
+        for command in (
+            ("gcc", *_CFLAGS, "-c", "-o", "boot.o", boot),
+            ("gcc", *_CFLAGS, f"-I{common.FOLDER}", "-c", "-o", "main.o", main),
+            # The script has addresses of the C code's, so it goes through the preprocessor.
+            ("gcc", "-E", "-P", "-x", "assembler-with-cpp", "-o", "layout.ld", layout),
+            ("ld", *_LDFLAGS, "-T", "layout.ld", "-o", "elf", "boot.o", "main.o"),
+            ("objcopy", "-O", "binary", "--gap-fill", "0", "elf", "rom"),
+        ):
+            await run_tool(command, log=log, cwd=work)
+        size = (work / "rom").stat().st_size
+        if size != ROM_BYTES:
+            raise BuildError(f"the microguest's ROM has {size} bytes instead of {ROM_BYTES}")
+        (work / "rom").replace(target)
+
+
+def parameters(machine: Machine, workload: Workload, entropy: int) -> bytes:
+    """Return what the guest is told, as it reads it.
+
+    :param entropy: goes into the nonce of the boot.
+    """
+    flags = FLAG_TIME_WRITES if workload.time_writes else 0
+    flags |= FLAG_HUGE_PAGES if workload.page_kib == 2048 else 0
+    # A processor's own translation caches are as large as they are.
+    flags |= FLAG_WARM_UP if machine.accel == "tcg" else 0
+    return _PARAMETERS.pack(
+        PARAMETERS_MAGIC,
+        KINDS.index(workload.kind),
+        workload.wss_mib,
+        1 if workload.kind == "idle" else workload.threads,
+        workload.seed,
+        workload.rate_ops_per_s,
+        machine.ram_mib,
+        flags,
+        entropy,
+    )
+
+
+def rom_for(rom: bytes, machine: Machine, workload: Workload) -> bytes:
+    """Return a ROM that boots into a workload: one of 64 KiB, like `rom`.
+
+    :raises GuestError: `rom` is no ROM of this guest.
+    """
+    if len(rom) != ROM_BYTES:
+        raise GuestError(f"a ROM of {len(rom)} bytes instead of {ROM_BYTES}", "run `lab build`")
+    content = bytearray(rom)
+    at = PARAMETERS_ADDRESS - ROM_ADDRESS
+    told = parameters(machine, workload, secrets.randbits(64))
+    content[at : at + len(told)] = told
+    return bytes(content)
+
+
+def ready_record(page: ProgressPage) -> ReadyRecord:
+    """Return what a guest that has a console says when its writers start, from the page that this
+    one counts in.
+    """
+    return ReadyRecord(
+        nonce=page.nonce,
+        progress_gpa=PROGRESS_ADDRESS,
+        wss_pages=page.wss_pages,
+        threads=page.threads,
+        seed=page.seed,
+        kind=page.kind,
+    )

@@ -1,0 +1,1 @@
+"""This host: what it has, what it permits, what runs on it."""

@@ -1,0 +1,1 @@
+"""Measurements: samples and campaigns of them."""

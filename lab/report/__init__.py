@@ -1,0 +1,1 @@
+"""The report, and notebooks that are executed."""

@@ -1,0 +1,1 @@
+"""Recorded runs: records, tables, run sets on disk."""

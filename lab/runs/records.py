@@ -1,0 +1,183 @@
+"""The records of run.json and set.json, their schemas and upgrades."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+import pandas as pd
+
+from lab.errors import RunError
+
+RUN_SCHEMA = "lab.run/1"
+SET_SCHEMA = "lab.set/2"
+
+Outcome = Literal["ok", "failed", "undecided"]
+
+
+class ColumnRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One column of a stored table: enough to read the file without this package."""
+
+    name: str
+    dtype: str
+    unit: str
+    doc: str
+
+
+class TableRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One stored table."""
+
+    file: str
+    rows: int
+    columns: list[ColumnRecord]
+
+
+class Marks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Instants of the host's CLOCK_MONOTONIC, in ns; null when the run did not get there.
+
+    request: just before the command that starts the snapshot was sent.
+    stop, resume: when QEMU stamped its STOP and RESUME events.
+    end: when QEMU reported the migration completed.
+    back: from when the guest ran at its old rate again (`lab.analysis.slowdown.slowdown` defines
+        it).
+    """
+
+    request_ns: int | None = None
+    stop_ns: int | None = None
+    resume_ns: int | None = None
+    end_ns: int | None = None
+    back_ns: int | None = None
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Contents of run.json (schema "lab.run/1").
+
+    `scenario` is the parameters as asked for, `summary` the summary line
+    (`lab.runs.columns.SUMMARY_FIELDS`), `binaries` names versions, build ids and hashes, `clocks`
+    says which clock every `*_ns` value is of.
+    """
+
+    schema: str
+    id: str
+    kind: str
+    created_utc: str
+    outcome: Outcome
+    reason: str | None
+    method: str
+    order: int
+    round: int
+    warmup: bool
+    scenario: dict[str, Any]
+    host: dict[str, Any]
+    binaries: dict[str, Any]
+    clocks: dict[str, str]
+    marks: Marks
+    summary: dict[str, Any]
+    tables: dict[str, TableRecord]
+    files: list[str]
+    note: str = ""
+    warnings: list[str] = []
+
+
+class SetRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Contents of set.json (schema "lab.set/2").
+
+    `status`: "complete" has every run, each in its folder; "sealed" has them packed, and `columns`
+    says what the columns of their tables are.
+    """
+
+    schema: str
+    name: str
+    created_utc: str
+    status: Literal["recording", "complete", "sealed"]
+    plan: dict[str, Any]
+    host: dict[str, Any]
+    binaries: dict[str, Any]
+    lab: dict[str, Any]
+    columns: dict[str, list[ColumnRecord]] = {}
+    note: str = ""
+
+
+Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
+# version n -> the function that turns a document of version n into one of version n + 1
+RUN_UPGRADES: dict[int, Upgrade] = {}
+SET_UPGRADES: dict[int, Upgrade] = {
+    # Schema 2 can be sealed; one of schema 1 never is.
+    1: lambda document: document | {"schema": "lab.set/2"},
+}
+
+_T = TypeVar("_T", RunRecord, SetRecord)
+
+
+def utc_now() -> str:
+    """Wall time for people, whole seconds.  Never used to compute anything."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def jsonable(value: Any) -> Any:
+    """`value` in plain JSON types: numpy scalars unpacked, NaN and NA as null, paths as text,
+    dataclasses as objects.
+    """
+    if value is None or value is pd.NA or isinstance(value, str | bool):
+        return value if value is not pd.NA else None
+    if isinstance(value, np.generic):
+        return jsonable(value.item())
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if isinstance(value, int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [
+            jsonable(v) for v in (sorted(value) if isinstance(value, set | frozenset) else value)
+        ]
+    if isinstance(value, Path):
+        return str(value)
+    return msgspec.to_builtins(value)
+
+
+def encode(record: RunRecord | SetRecord) -> bytes:
+    return (
+        msgspec.json.format(msgspec.json.encode(jsonable(msgspec.to_builtins(record))), indent=1)
+        + b"\n"
+    )
+
+
+def decode(path: Path, schema: str, upgrades: Mapping[int, Upgrade], kind: type[_T]) -> _T:
+    family, _, newest = schema.partition("/")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise RunError(
+            f"cannot read {path}: {error.strerror}", "name the folder of a run set"
+        ) from error
+    try:
+        document = msgspec.json.decode(raw)
+        stated = document.get("schema") if isinstance(document, dict) else None
+        match = re.fullmatch(re.escape(family) + r"/([1-9][0-9]*)", stated or "")
+        if match is None:
+            raise RunError(
+                f"{path} does not say that it is a {family} file",
+                "name a run set that `lab measure` wrote",
+            )
+        version = int(match.group(1))
+        if version > int(newest):
+            raise RunError(
+                f"{path} has schema {stated}, newer than {schema}, the newest this lab reads",
+                "update the lab",
+            )
+        while version < int(newest):
+            document = upgrades[version](document)
+            version += 1
+        return msgspec.convert(document, kind)
+    except msgspec.DecodeError as error:
+        # ValidationError is a DecodeError; its text names the key
+        raise RunError(
+            f"{path} is damaged or not a {schema} file: {error}", "restore it from its source"
+        ) from error

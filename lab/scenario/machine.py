@@ -1,0 +1,273 @@
+"""The virtual machine."""
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lab.scenario.require import require, require_bool, require_choice, require_int, require_strings
+
+Accel = Literal["tcg", "kvm", "auto"]
+GuestKind = Literal["linux", "micro"]
+RamKind = Literal["anon", "memfd", "memfd-private", "file", "file-private", "hugetlb"]
+Chipset = Literal["pc", "q35"]
+DiskKind = Literal["none", "ide", "virtio", "scsi"]
+DiskCache = Literal["writeback", "none"]
+DiskAio = Literal["threads", "native"]
+
+MIN_RAM_MIB: Mapping[str, int] = types.MappingProxyType({"linux": 128, "micro": 16})
+"""By guest.  Linux unpacks its initramfs in this much; less ends in a panic at boot."""
+
+RAM_RESERVE_MIB: Mapping[str, int] = types.MappingProxyType({"linux": 96, "micro": 8})
+"""By guest, what a working set can not have: the kernel, its page tables and the initramfs."""
+
+HUGE_PAGE_MIB = 2
+"""What guest RAM of the kind `hugetlb` consists of."""
+
+DEFAULT_CHUNK_KIB = 2048
+"""What the engine `copy` releases at a time by default."""
+
+MAX_VCPUS = 255
+"""The limit of QEMU's `pc` machine type."""
+
+THREADED_DISKS: tuple[DiskKind, ...] = ("virtio", "scsi")
+"""Disks that may be served in a thread of their own."""
+
+BOOLEAN_DEVICES = (
+    "disk_iothread",
+    "net",
+    "vnc",
+    "balloon",
+    "balloon_reporting",
+    "flash",
+    "undriven",
+)
+"""Parameters of a machine that say whether there is something or not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The virtual machine: RAM, vCPUs, a serial port, and the devices named here.
+
+    `chipset` is QEMU's machine type, `pc` (i440FX) or `q35`, of whose versions QEMU takes its
+    newest.
+
+    `guest` is what runs in it: a Linux that runs the workload as a program, or the microguest,
+    which is the workload and nothing else: no kernel, no devices, and a vCPU for each writer.  It
+    boots in 30 to 70 ms, and is the one guest that runs under a KVM that is PVM.
+
+    `accel` "auto" is KVM where a guest of this kind is seen to run under it, and TCG elsewhere;
+    `lab.vm.accelerator` finds out, and a machine that runs has the one or the other.
+
+    `ram_kind` is what backs guest RAM; `lab.vm.ram` says what each kind is.
+    `thp` False forbids transparent huge pages to the QEMU process, True asks for them (QEMU asks
+    by itself, so True only states what is expected) and None leaves the host's policy as it is.
+
+    A device that is there is also used: the guest reads and writes its disk past its own cache,
+    exchanges packets with QEMU's user network (which leads nowhere else), and draws on the
+    screen that `vnc` shows; a balloon is moved from outside, and told of free pages by the guest
+    itself with `balloon_reporting`.  `lab.vm.devices` builds them.  The disk is a scratch disk:
+    empty at every boot, and at every restore, because an image is of memory.
+
+    Two are not the guest's to use, so the microguest may have them as well: `flash`, which the
+    machine then boots its firmware from, and a second one that the lab writes to (`lab.vm.flash`);
+    and with `undriven` a random number generator and a serial port of virtio, which no guest of
+    the lab has a driver for.
+
+    `fault_around_pages` and `chunk_kib` are sizes of the engine `copy`, which only the patched QEMU
+    has: how many pages a fault takes along (0: the engine chooses by how densely the guest writes),
+    and how much memory the sweep releases at a time.  Both are powers of two.
+
+    `extra_args` go to the end of QEMU's command line, for what has no parameter here.
+
+    Raises `UsageError` for values that can not work.
+    """
+
+    ram_mib: int = field(
+        default=1024, metadata={"help": "guest RAM in MiB", "unit": "MiB", "title": "guest RAM"}
+    )
+    vcpus: int = field(
+        default=1, metadata={"help": "number of vCPUs", "unit": "1", "title": "vCPUs"}
+    )
+    accel: Accel = field(
+        default="tcg",
+        metadata={
+            "help": "QEMU's accelerator; auto: kvm where the guest runs on it",
+            "title": "accelerator",
+            "doc": "accelerator that ran the guest",
+        },
+    )
+    guest: GuestKind = field(
+        default="linux",
+        metadata={
+            "help": "what runs in it: Linux, or the microguest",
+            "doc": "what ran in it: linux, or micro, the microguest",
+        },
+    )
+    ram_kind: RamKind = field(
+        default="anon", metadata={"help": "what backs guest RAM", "title": "kind of RAM"}
+    )
+    thp: bool | None = field(
+        default=None,
+        metadata={
+            "help": "transparent huge pages for guest RAM (host's policy)",
+            "title": "huge pages",
+        },
+    )
+    chipset: Chipset = field(default="pc", metadata={"help": "QEMU's machine type"})
+    disk: DiskKind = field(
+        default="none",
+        metadata={
+            "help": "a scratch disk that the guest uses",
+            "doc": "scratch disk that the guest uses: none, ide, virtio or scsi",
+        },
+    )
+    disk_cache: DiskCache = field(
+        default="writeback",
+        metadata={
+            "help": "the disk's cache mode; none bypasses the host's",
+            "doc": "the disk's cache mode in QEMU; null without a disk",
+        },
+    )
+    disk_aio: DiskAio = field(
+        default="threads",
+        metadata={
+            "help": "who does the disk's I/O",
+            "doc": "who does the disk's I/O: QEMU's threads, or the kernel (native); null "
+            "without a disk",
+        },
+    )
+    disk_iothread: bool = field(
+        default=False,
+        metadata={
+            "help": "serve the virtio or scsi disk in a thread of its own",
+            "doc": "whether a thread of its own serves the disk; null without a disk",
+        },
+    )
+    net: bool = field(
+        default=False,
+        metadata={
+            "help": "a virtio network card that the guest uses",
+            "doc": "whether the guest exchanges packets over a virtio network card",
+        },
+    )
+    vnc: bool = field(
+        default=False,
+        metadata={
+            "help": "a screen that the guest draws on, served by VNC",
+            "doc": "whether the guest draws on a screen that is served by VNC",
+        },
+    )
+    balloon: bool = field(
+        default=False,
+        metadata={"help": "a virtio balloon", "doc": "whether the guest has a virtio balloon"},
+    )
+    balloon_reporting: bool = field(
+        default=False, metadata={"help": "have the guest report free pages to the balloon"}
+    )
+    flash: bool = field(default=False, metadata={"help": "boot from flash, with more beside it"})
+    undriven: bool = field(
+        default=False, metadata={"help": "virtio devices that the guest has no driver for"}
+    )
+    fault_around_pages: int = field(
+        default=0,
+        metadata={
+            "help": "pages that a fault takes along, engine copy; 0: it chooses",
+            "unit": "pages",
+            "title": "taken along with a fault",
+            "zero": "automatic",
+        },
+    )
+    chunk_kib: int = field(
+        default=DEFAULT_CHUNK_KIB,
+        metadata={
+            "help": "memory that the sweep releases at a time, engine copy",
+            "unit": "KiB",
+            "title": "released at a time",
+        },
+    )
+    extra_args: tuple[str, ...] = field(
+        default=(), metadata={"help": "one more QEMU argument; repeatable", "flag": "extra-arg"}
+    )
+
+    def __post_init__(self) -> None:
+        require_choice("guest", self.guest, GuestKind)
+        require_int("ram_mib", self.ram_mib, MIN_RAM_MIB[self.guest], 1024 * 1024)
+        require_int("vcpus", self.vcpus, 1, MAX_VCPUS)
+        require_choice("accel", self.accel, Accel)
+        require_choice("ram_kind", self.ram_kind, RamKind)
+        huge = self.ram_kind == "hugetlb"
+        require(
+            not huge or self.ram_mib % HUGE_PAGE_MIB == 0,
+            f"{self.ram_mib} MiB of RAM can not be made of huge pages of {HUGE_PAGE_MIB} MiB",
+            f"use a multiple of {HUGE_PAGE_MIB}, or another ram_kind",
+        )
+        require(
+            not (huge and self.thp),
+            "RAM of huge pages can not have transparent ones",
+            "leave thp unset, or use another ram_kind",
+        )
+        require_choice("chipset", self.chipset, Chipset)
+        for name in BOOLEAN_DEVICES:
+            require_bool(name, getattr(self, name))
+        self._check_guest()
+        self._check_disk()
+        self._check_sizes()
+        require_strings("extra_args", self.extra_args)
+
+    @property
+    def sets_sizes(self) -> bool:
+        """Whether sizes of the engine `copy` are asked for that are not the engine's own."""
+        return (self.fault_around_pages, self.chunk_kib) != (0, DEFAULT_CHUNK_KIB)
+
+    def _check_sizes(self) -> None:
+        require_int("fault_around_pages", self.fault_around_pages, 0, 1 << 20)
+        require_int("chunk_kib", self.chunk_kib, 64 * 4, 1 << 20)
+        for name in ("fault_around_pages", "chunk_kib"):
+            value = getattr(self, name)
+            require(value & (value - 1) == 0, f"{name} is {value}", "give a power of two")
+        require(
+            self.fault_around_pages * 4 <= self.chunk_kib,
+            f"{self.fault_around_pages} pages are more than a chunk of {self.chunk_kib} KiB",
+            "use fewer fault_around_pages, or a larger chunk_kib",
+        )
+
+    def _check_guest(self) -> None:
+        devices = {name: getattr(self, name) for name in ("disk", "net", "vnc", "balloon")}
+        used = [name for name, value in devices.items() if value not in ("none", False)]
+        require(
+            self.guest == "linux" or not used,
+            f"the microguest has no driver for {', '.join(used)}",
+            "use guest linux, or leave devices unset",
+        )
+        require(
+            self.balloon or not self.balloon_reporting,
+            "free pages are to be reported and there is no balloon",
+            "ask for a balloon as well, or leave balloon_reporting unset",
+        )
+
+    def _check_disk(self) -> None:
+        require_choice("disk", self.disk, DiskKind)
+        require(
+            self.disk != "ide" or self.chipset == "pc",
+            "a q35 has no IDE disk but an AHCI one, which the guest's kernel has no driver for",
+            "choose disk virtio or scsi, or chipset pc",
+        )
+        require_choice("disk_cache", self.disk_cache, DiskCache)
+        require_choice("disk_aio", self.disk_aio, DiskAio)
+        described = (self.disk_cache, self.disk_aio, self.disk_iothread)
+        require(
+            self.disk != "none" or described == ("writeback", "threads", False),
+            "disk_cache, disk_aio or disk_iothread is given and there is no disk",
+            "choose disk ide, virtio or scsi as well",
+        )
+        require(
+            self.disk_aio != "native" or self.disk_cache == "none",
+            f"disk_aio native does not work with disk_cache {self.disk_cache}",
+            "use disk_cache none, or disk_aio threads",
+        )
+        require(
+            not self.disk_iothread or self.disk in THREADED_DISKS,
+            f"an {self.disk} disk can not have an I/O thread",
+            f"choose disk {' or '.join(THREADED_DISKS)}, or leave disk_iothread unset",
+        )

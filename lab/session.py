@@ -1,0 +1,162 @@
+"""A running guest as a user holds it: boot or restore it, take snapshots, be sure that it ends.
+
+>>> import lab
+>>> async def main() -> None:
+...     async with lab.boot(lab.Machine(ram_mib=512), lab.Workload("random", wss_mib=64)) as vm:
+...         live = await vm.snapshot("live.snap")
+...     async with lab.restore("live.snap") as again:
+...         print(again.ready.nonce)
+"""
+
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pandas as pd
+
+from lab.instruments.progress import ProgressSampler, sampling
+from lab.instruments.slowwrites import read_slow_writes
+from lab.instruments.threads import ThreadTimes, timing_threads
+from lab.instruments.writelatency import WriteLatency, write_latency
+from lab.scenario.machine import Accel, Machine
+from lab.scenario.methods import Variant
+from lab.scenario.workload import Workload
+from lab.snapshot.restore import restored
+from lab.snapshot.result import Snapshot
+from lab.snapshot.take import take
+from lab.vm.boot import booted
+from lab.vm.vm import BOOT_TIMEOUT_S, RunningVM
+
+
+class VM(RunningVM):
+    """A guest and its QEMU, with what the rooms above it do: instruments and snapshots.
+
+    Made by `boot` and `restore`, valid inside their context.
+    """
+
+    def sampling(self, interval_us: int = 1000) -> AbstractAsyncContextManager[ProgressSampler]:
+        """Sample the guest's progress every `interval_us` while the context lasts.
+
+        :raise HostError: when this process may not read QEMU's memory.
+        """
+        return sampling(self, interval_us)
+
+    def timing_threads(self) -> AbstractAsyncContextManager[ThreadTimes]:
+        """Look at the times of QEMU's threads while the context lasts."""
+        return timing_threads(self)
+
+    async def write_latency(self) -> WriteLatency:
+        """Return the reader of how long the guest's operations take.
+
+        :raise UsageError: when the guest was not asked to time them.
+        """
+        return await write_latency(self)
+
+    async def slow_writes(self) -> pd.DataFrame:
+        """Return those of the guest's operations that were slow, each with its page.
+
+        `lab.instruments.slowwrites.read_slow_writes` says what there is of each.
+
+        :raise UsageError: when the guest was not asked to time them, or is none that notes them.
+        """
+        return await read_slow_writes(self)
+
+    async def snapshot(
+        self,
+        path: str | Path,
+        method: str = "live",
+        *,
+        fault_log: bool = True,
+        progress: bool = True,
+        before_s: float = 1.0,
+        after_s: float = 1.0,
+        storage_mib_per_s: int = 0,
+        checksums: bool = True,
+    ) -> Snapshot:
+        """Take a snapshot into the file `path`; the guest runs on afterwards.
+
+        `path` appears, with a sidecar `path.json` beside it, when the snapshot is complete and
+        not before; an older snapshot of the same name is replaced.  Both are private (0600),
+        because they hold guest memory.  Cancelling takes the snapshot back.
+
+        :param method: one of `lab.METHODS`.
+        :param fault_log: log every write fault, where QEMU can (the patched one, live methods).
+        :param progress: sample the guest's progress, from `before_s` before the request to
+            `after_s` after the end.
+        :param storage_mib_per_s: write the image no faster than that, as if to a slower disk; 0 is
+            no limit.  Only for methods that write one byte after the other.
+        :param checksums: write checksums of the image into the sidecar, for `restore` to check.
+            They are made after all that is measured, while the guest runs: all CPUs of the host
+            read the image for a second or less a GiB.
+        :raise UsageError: when the method does not exist, needs the other QEMU, or can not write
+            to storage of a limited rate.
+        :raise SnapshotError: when one is running already or it can not be completed.
+        :raise HostError: when this host does not permit the method.
+        """
+
+        return await take(
+            self,
+            path,
+            method,
+            fault_log=fault_log,
+            progress=progress,
+            before_s=before_s,
+            after_s=after_s,
+            storage_mib_per_s=storage_mib_per_s,
+            checksums=checksums,
+        )
+
+
+def boot(
+    machine: Machine,
+    workload: Workload,
+    *,
+    binary: Variant = "patched",
+    timeout_s: float = BOOT_TIMEOUT_S,
+) -> AbstractAsyncContextManager[VM]:
+    """Boot a guest; inside the context its workload runs, after it QEMU is gone.
+
+    :param binary: which QEMU; `live-*` methods need the patched one, `background` the other.
+    :param timeout_s: how long the guest may take until its writers run.
+    :raise UsageError: when machine and workload do not fit.
+    :raise HostError: when the host lacks memory, a build or an accelerator.
+    :raise LaunchError: when QEMU does not start or dies; carries command and log.
+    :raise GuestError: when the guest refuses the workload.
+    :raise GuestSilentError: when it says nothing in time.
+    """
+    return booted(VM, machine, workload, binary=binary, timeout_s=timeout_s)
+
+
+def restore(
+    path: str | Path,
+    *,
+    paused: bool = False,
+    binary: Variant | None = None,
+    channels: int = 1,
+    accel: Accel | None = None,
+    check: bool = True,
+) -> AbstractAsyncContextManager[VM]:
+    """Restore the guest from the snapshot `path`; it runs unless `paused`.
+
+    The image is opened once, and what is published under its name while it is checked and loaded
+    does not matter.  The machine is built as the sidecar describes it; its disk, if it has one, is
+    an empty one.  That the image holds the guest that the sidecar names is checked in the restored
+    memory before the guest runs.  A guest that was taken while it booted has no name yet: it is
+    restored unchecked, and `wait_ready` waits for it.
+
+    :param binary: which QEMU; None is the kind that took the snapshot.
+    :param channels: how many threads read the image; more than one takes an image in which each
+        page has its place, such as `live-mapped` makes.
+    :param accel: None is the one that it was taken under.  An image taken under TCG can be
+        restored under KVM; one taken under KVM holds the state of KVM's clock, which TCG has not.
+    :param check: read the image against the sidecar's checksums first; of an image without them
+        the log warns.  QEMU itself finds no damage in a page: without the check the guest may be
+        silently another one.
+    :raise UsageError: when the image can not be read by more than one thread.
+    :raise RestoreError: when the image or its sidecar is missing, cut short, damaged, of another
+        machine type or another format, or does not restore; or its guest can not run before it is
+        reset, and is not to be `paused`.
+    :raise HostError: when the host lacks memory, a build or an accelerator.
+    """
+    return restored(
+        VM, path, paused=paused, binary=binary, channels=channels, accel=accel, check=check
+    )

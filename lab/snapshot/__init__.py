@@ -1,0 +1,1 @@
+"""Snapshots: take them, publish them whole, restore them."""

@@ -1,0 +1,171 @@
+"""Restore a guest from an image."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from lab.errors import GuestError, LaunchError, QmpError, RestoreError, UsageError
+from lab.qemu.build import find_qemu
+from lab.scenario.machine import Accel
+from lab.scenario.methods import MAPPED_RAM, Variant, method
+from lab.snapshot.image import OpenImage, check_image, file_channel, open_image
+from lab.vm.accelerator import settled
+from lab.vm.launch import VMT, launched
+from lab.vm.qmp import COMMAND_TIMEOUT_S, Event
+from lab.vm.vm import RunningVM
+
+RESTORE_BYTES_PER_S = 10_000_000
+"""A restore slower than this is taken to hang."""
+
+NEEDS_RESET = ("shutdown", "internal-error")
+"""Run states in which QEMU refuses to let the guest run before it is reset."""
+
+
+@contextlib.asynccontextmanager
+async def restored(
+    kind: type[VMT],
+    path: str | Path,
+    *,
+    paused: bool,
+    binary: Variant | None,
+    channels: int,
+    accel: Accel | None,
+    check: bool,
+) -> AsyncIterator[VMT]:
+    """Restore a guest; see `lab.session.restore`, which says what may be raised.
+
+    :param kind: the class of what is yielded.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        # Closed once QEMU has read it.  What is published under its name meanwhile is another one.
+        with open_image(Path(path).absolute()) as image:
+            vm = await _loaded(kind, image, stack, binary, channels, accel, check=check)
+        if not paused:
+            await _run(vm, image.path.name)
+        yield vm
+
+
+async def _loaded(
+    kind: type[VMT],
+    image: OpenImage,
+    stack: contextlib.AsyncExitStack,
+    binary: Variant | None,
+    channels: int,
+    accel: Accel | None,
+    *,
+    check: bool,
+) -> VMT:
+    """Check an image and load it into a QEMU that ends with `stack`; see `restored`."""
+    name, sidecar = image.path.name, image.sidecar
+    mapped = MAPPED_RAM in method(sidecar.method).capabilities
+    if channels < 1 or (channels > 1 and not mapped):
+        raise UsageError(
+            f"{channels} channels can not read {name}, a {sidecar.method} snapshot",
+            "use channels=1, or take the snapshot with method live-mapped",
+        )
+    qemu = find_qemu(binary or sidecar.binary.variant)
+    wanted = dataclasses.replace(sidecar.machine, accel=accel or sidecar.machine.accel)
+    choice = await settled(wanted)
+    if sidecar.machine.accel == "kvm" and choice.machine.accel == "tcg":
+        raise RestoreError(
+            f"{name} was taken under KVM and holds the state of KVM's clock, which TCG can "
+            "not load",
+            'restore it with accel="kvm"',
+        )
+    if check:
+        await check_image(image)
+    try:
+        starting = launched(
+            kind,
+            qemu,
+            choice.machine,
+            sidecar.workload,
+            machine_type=sidecar.machine_type,
+            incoming=True,
+            paused=True,
+        )
+        vm = await stack.enter_async_context(starting)
+    except LaunchError as error:
+        raise RestoreError(
+            f"no QEMU for {name}, a {sidecar.machine_type}: {error.cause}",
+            "restore with the QEMU version that took the snapshot",
+        ) from error
+    vm.fallback = choice.fallback
+    vm.machine_type = sidecar.machine_type
+    await _load(vm, image, mapped=mapped, channels=channels)
+    vm._ready = sidecar.ready
+    if sidecar.boot_before is not None:
+        vm._nonce_before_boot = int(sidecar.boot_before, 16)
+    if vm.is_ready:
+        await _check_identity(vm, name)
+    else:
+        await vm._permit_reboot(True)
+    return vm
+
+
+async def _run(vm: RunningVM, name: str) -> None:
+    state = await vm.status()
+    if state in NEEDS_RESET:
+        raise RestoreError(
+            f"{name} is of a guest that can not run on: its state is {state}",
+            "restore it with paused=True, and then use vm.reset() and vm.cont()",
+        )
+    await vm.cont()
+
+
+def _has_loaded(event: Event) -> bool:
+    return event.name == "MIGRATION" and event.data.get("status") in ("completed", "failed")
+
+
+async def _load(vm: RunningVM, image: OpenImage, *, mapped: bool, channels: int) -> None:
+    since = len(vm.qmp.events)
+    timeout_s = COMMAND_TIMEOUT_S + image.sidecar.image_bytes / RESTORE_BYTES_PER_S
+    needed = {"events": True, MAPPED_RAM: mapped, "multifd": channels > 1}
+    log_chars = len(vm.process.log_text())
+    try:
+        await vm.execute(
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": name, "state": on} for name, on in needed.items()]},
+        )
+        if channels > 1:
+            await vm.execute("migrate-set-parameters", {"multifd-channels": channels})
+        # Whoever looked for holes in it has moved its position, which QEMU takes for the beginning.
+        os.lseek(image.descriptor, 0, os.SEEK_SET)
+        async with vm.qmp.lent(image.descriptor) as lent:
+            await vm.execute(
+                "migrate-incoming", {"channels": file_channel(lent), "exit-on-error": False}
+            )
+            event = await vm.watched(
+                vm.qmp.wait_event(_has_loaded, since=since, timeout_s=timeout_s),
+                "loading the image",
+            )
+        if event.data["status"] == "completed":
+            return
+        why = (await vm.execute("query-migrate")).get("error-desc", "QEMU gives no reason")
+        # What was wrong with the image, of which the reason says only where it is.
+        if said := vm.process.messages(log_chars):
+            why = f"{said[0]} ({why})"
+    except LaunchError as error:
+        why = error.cause
+    except QmpError as error:
+        why = error.cause
+    raise RestoreError(
+        f"{image.path.name} can not be restored: {why}", "take the snapshot again"
+    ) from None
+
+
+async def _check_identity(vm: RunningVM, name: str) -> None:
+    try:
+        found = await vm.progress_page()
+    except GuestError as error:
+        raise RestoreError(
+            f"{name} restored, but the guest's memory is not in it: {error.cause}",
+            "take the snapshot again",
+        ) from error
+    if found.nonce != vm.ready.nonce:
+        raise RestoreError(
+            f"{name} holds boot {found.nonce:016x}, its sidecar names {vm.ready.nonce:016x}",
+            "keep image and sidecar together",
+        )

@@ -1,0 +1,134 @@
+"""What has to be known about an image to restore it, in a JSON file beside it.
+
+A migration stream does not describe the machine it came from well enough to build that machine
+again, and it does not know its own length: the sidecar does.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lab.errors import RestoreError, UsageError
+from lab.guests.protocol import ReadyRecord
+from lab.qemu.build import QemuBinary
+from lab.scenario.document import from_json
+from lab.scenario.machine import Machine
+from lab.scenario.workload import Workload
+from lab.snapshot.checksums import Checksums
+
+FORMAT = "lab.snapshot/3"
+
+_WITHOUT_MARK = "lab.snapshot/2"
+"""What versions of the lab wrote whose images had no mark; everything else was the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """The description of one image.
+
+    `machine_type` is the versioned one.  `ready` is what the guest said at its boot; its nonce is
+    nowhere else but in the image.  It is None when the guest was still booting; `boot_before` is
+    then the nonce of the boot before, in hexadecimal, whose traces may still be in memory, and None
+    when there was none.  `binary` and
+    `kernel_sha256` say what took it, for the record: another QEMU that knows the machine type may
+    restore it.  `checksums` is None where nobody asked for them.  `mark` is what the last bytes of
+    the image are, by which the two belong together (`lab.snapshot.image`); None in those of older
+    versions, whose images have none.
+    """
+
+    method: str
+    engine: str | None
+    machine: Machine
+    workload: Workload
+    machine_type: str
+    image_bytes: int
+    mark: str | None
+    checksums: Checksums | None
+    created_utc: str
+    ready: ReadyRecord | None
+    boot_before: str | None = None
+    binary: QemuBinary
+    kernel_sha256: str
+
+    def to_text(self) -> str:
+        """Return the file's content."""
+        data = {"format": FORMAT} | msgspec.to_builtins(self, enc_hook=str)
+        # As text, because JSON readers keep only 53 bits of a number.
+        if self.ready is not None:
+            data["ready"]["nonce"] = f"{self.ready.nonce:016x}"
+        return json.dumps(data, indent=1) + "\n"
+
+
+def sidecar_path(image: Path) -> Path:
+    """Return where the sidecar of `image` is."""
+    return image.with_name(image.name + ".json")
+
+
+def parse_sidecar(image: Path, content: bytes) -> Sidecar:
+    """Return the sidecar of `image` that a file's content is; it is not compared with the image.
+
+    :raise RestoreError: when it is none, or of another version.
+    """
+    try:
+        return _parse(content)
+    except (ValueError, UsageError, msgspec.ValidationError) as error:
+        raise RestoreError(
+            f"{sidecar_path(image).name} is not a sidecar: {error}", "take the snapshot again"
+        ) from error
+
+
+def _parse(content: bytes) -> Sidecar:
+    data = json.loads(content)
+    if not isinstance(data, dict):
+        raise ValueError("no JSON object")
+    found = data.pop("format", None)
+    if found == _WITHOUT_MARK:
+        data["mark"] = None
+    elif found != FORMAT:
+        raise RestoreError(
+            f"the sidecar has format {found!r} and this lab reads {FORMAT!r}",
+            "use the version of the lab that wrote it",
+        )
+    # It is younger than the format.
+    data.setdefault("boot_before", None)
+    expected = {f.name for f in dataclasses.fields(Sidecar)}
+    if set(data) != expected:
+        raise ValueError(f"keys {', '.join(sorted(set(data) ^ expected))} missing or unknown")
+    nested: dict[str, Any] = {
+        "machine": from_json(Machine, data["machine"]),
+        "workload": from_json(Workload, data["workload"]),
+    }
+    if isinstance(data["ready"], dict) and isinstance(data["ready"].get("nonce"), str):
+        data["ready"]["nonce"] = int(data["ready"]["nonce"], 16)
+    plain = msgspec.convert(
+        {k: v for k, v in data.items() if k not in nested}, _Plain, dec_hook=_decode_path
+    )
+    if plain.checksums is not None and not plain.checksums.covers(plain.image_bytes):
+        raise ValueError("its checksums are not those of all of the image")
+    return Sidecar(**msgspec.structs.asdict(plain), **nested)
+
+
+class _Plain(msgspec.Struct, frozen=True, kw_only=True):
+    """The parts whose dataclasses validate nothing themselves."""
+
+    method: str
+    engine: str | None
+    machine_type: str
+    image_bytes: int
+    mark: str | None
+    checksums: Checksums | None
+    created_utc: str
+    ready: ReadyRecord | None
+    boot_before: str | None
+    binary: QemuBinary
+    kernel_sha256: str
+
+
+def _decode_path(kind: type, value: Any) -> Any:
+    if issubclass(kind, Path) and isinstance(value, str):
+        return Path(value)
+    raise TypeError(f"{value!r} is not a {kind.__name__}")

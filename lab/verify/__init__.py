@@ -1,0 +1,1 @@
+"""Whether an image is the guest's memory at the pause."""

@@ -1,0 +1,1 @@
+"""Random snapshots: drawn, taken, verified, recorded."""

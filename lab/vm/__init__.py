@@ -1,0 +1,1 @@
+"""A QEMU process with a guest in it."""

@@ -1,0 +1,34 @@
+"""Boot a guest, and be sure that it ends."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from lab.qemu.build import find_qemu
+from lab.scenario.machine import Machine
+from lab.scenario.methods import Variant
+from lab.scenario.scenario import check_fit
+from lab.scenario.workload import Workload
+from lab.vm.accelerator import settled
+from lab.vm.launch import VMT, launched
+
+
+@contextlib.asynccontextmanager
+async def booted(
+    kind: type[VMT],
+    machine: Machine,
+    workload: Workload,
+    *,
+    binary: Variant,
+    timeout_s: float,
+) -> AsyncIterator[VMT]:
+    """Boot a guest; see `lab.session.boot`, which says what may be raised.
+
+    :param kind: the class of what is yielded.
+    """
+    check_fit(machine, workload)
+    choice = await settled(machine)
+    async with launched(kind, find_qemu(binary), choice.machine, workload) as vm:
+        vm.fallback = choice.fallback
+        await vm.find_machine_type()
+        await vm.wait_ready(timeout_s)
+        yield vm

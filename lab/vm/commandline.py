@@ -1,0 +1,147 @@
+"""QEMU's command line for a machine, the same for a boot and for a restore."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.errors import UsageError
+from lab.guests.linux.build import Guest
+from lab.guests.micro import build as micro
+from lab.guests.protocol import kernel_command_line
+from lab.host.limits import (
+    QEMU_DESCRIPTORS,
+    QEMU_DISK_THREADS,
+    QEMU_THREADS,
+    require_limit,
+    require_lockable,
+    require_threads,
+)
+from lab.host.needs import require_kvm
+from lab.scenario.machine import Machine
+from lab.scenario.methods import Variant
+from lab.scenario.workload import Workload
+from lab.vm.devices import DeviceFiles, device_arguments
+from lab.vm.ram import QEMU_OVERHEAD_MIB, machine_option, ram_arguments, require_ram
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+"""What QEMU's own filter of system calls refuses.  No engine needs any of it: userfaultfd is a
+device, or a call that is in none of these sets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channels:
+    """File descriptors that QEMU inherits: one end of a socket pair each."""
+
+    qmp: int
+    serial: int
+
+
+def qemu_command(
+    binary: Path,
+    machine: Machine,
+    workload: Workload,
+    guest: Guest | micro.Microguest,
+    channels: Channels,
+    files: DeviceFiles,
+    *,
+    name: str,
+    machine_type: str = "",
+    incoming: bool = False,
+    paused: bool = False,
+) -> list[str]:
+    """Return the argument vector.
+
+    :param machine_type: the versioned type an image was taken on, for a restore; QEMU refuses a
+        stream of another one.  Empty for the newest of the machine's chipset.
+    :param incoming: wait for `migrate-incoming` instead of booting.
+    :param paused: do not run the vCPUs until told to.
+    """
+    # Without the multi-threaded generator several vCPUs would take turns in one thread.
+    threads = ",thread=multi" if machine.accel == "tcg" and machine.vcpus > 1 else ""
+    # Threads carry names, so that the time of each can be told; it costs them a system call each.
+    command = [str(binary), "-name", f"{name},debug-threads=on"]
+    # Nothing in the machine that the scenario does not name, and nothing from the user's files.
+    command += ["-nodefaults", "-no-user-config", "-display", "none"]
+    command += ["-sandbox", SANDBOX]
+    board = (machine_type or machine.chipset) + machine_option(machine)
+    command += ["-M", board, "-accel", machine.accel + threads]
+    command += [*ram_arguments(machine), "-smp", str(machine.vcpus)]
+    # With the guest's panic=-1 a panic ends QEMU instead of booting again without end.  VM.reset()
+    # lifts that until the guest is ready again.
+    command += ["-no-reboot"]
+    command += ["-chardev", f"socket,id=qmp,fd={channels.qmp}", "-mon", "chardev=qmp,mode=control"]
+    command += ["-chardev", f"socket,id=serial,fd={channels.serial}", "-serial", "chardev:serial"]
+    if isinstance(guest, Guest):
+        command += ["-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)]
+        command += ["-append", _append(machine, workload)]
+    else:
+        command += ["-cpu", micro.CPU_MODEL]
+        # In flash otherwise.
+        command += [] if machine.flash else ["-bios", str(files.rom)]
+    command += device_arguments(machine, files)
+    command += _engine_sizes(machine)
+    # `defer`: the stream is named over QMP, so that its errors come back as QMP errors.
+    command += ["-incoming", "defer"] if incoming else []
+    command += ["-S"] if paused else []
+    return command + list(machine.extra_args)
+
+
+def _engine_sizes(machine: Machine) -> list[str]:
+    # Experimental, and so properties of the migration and not parameters: they are set at start.
+    if not machine.sets_sizes:
+        return []
+    return [
+        *("-global", f"migration.x-snapshot-fault-around={machine.fault_around_pages}"),
+        *("-global", f"migration.x-snapshot-chunk-size={machine.chunk_kib << 10}"),
+    ]
+
+
+def _append(machine: Machine, workload: Workload) -> str:
+    return kernel_command_line(
+        kind=workload.kind,
+        wss_mib=workload.wss_mib,
+        threads=workload.threads,
+        seed=workload.seed,
+        time_writes=workload.time_writes,
+        rate_ops_per_s=workload.rate_ops_per_s,
+        disk=machine.disk,
+        net=machine.net,
+        display=machine.vnc,
+        balloon=machine.balloon,
+    )
+
+
+def check_host(machine: Machine, variant: Variant = "patched") -> None:
+    """Refuse early what would fail late.  Under KVM it takes a moment, which it is tried out in.
+
+    :raise HostError: when there is not the memory of the kind that is asked for, or no KVM that
+        runs a guest for an accelerator that needs it, or a limit of this process is too low for
+        QEMU.
+    """
+    require_ram(machine, variant)
+    require_limit("NOFILE", QEMU_DESCRIPTORS + machine.vcpus, "the files that QEMU opens")
+    disk_threads = 0 if machine.disk == "none" else QEMU_DISK_THREADS
+    require_threads(QEMU_THREADS + machine.vcpus + disk_threads, "QEMU")
+    if any("mem-lock=on" in argument for argument in machine.extra_args):
+        locked = machine.ram_mib + QEMU_OVERHEAD_MIB << 20
+        require_lockable(
+            locked, f"{machine.ram_mib} MiB of guest RAM and QEMU's own, with mem-lock"
+        )
+    if machine.accel == "kvm":
+        require_kvm(machine.guest)
+    check_arguments(machine.extra_args)
+
+
+# What the lab itself passes or relies on; a second one would win over it silently.
+_RESERVED = ("S", "incoming", "daemonize", "name", "m", "smp", "accel", "M", "machine")
+
+
+def check_arguments(extra: Sequence[str]) -> None:
+    """Raise `UsageError` for extra arguments that would undo what the lab relies on."""
+    for argument in extra:
+        # QEMU takes an option with one dash or two.
+        if argument.startswith("-") and argument.lstrip("-") in _RESERVED:
+            raise UsageError(
+                f"{argument} is not for extra_args",
+                "the lab sets it itself; use the parameters of Machine, boot() and restore()",
+            )

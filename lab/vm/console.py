@@ -1,0 +1,133 @@
+"""The guest's serial console: its text, and the records in it."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+
+from lab.errors import GuestError, GuestSilentError
+from lab.guests.protocol import Record, parse_record
+
+MAX_TEXT_CHARS = 4 << 20
+"""Text beyond this is dropped from the front: a guest in trouble can print for ever."""
+
+
+class Console:
+    """What the guest printed.  Made by `attached`."""
+
+    def __init__(self, writer: asyncio.StreamWriter | None = None) -> None:
+        self._writer = writer
+        self._changed = asyncio.Condition()
+        self._closed = False
+        self._mangled: GuestError | None = None
+        self._restarted = False
+        self._partial = ""
+        self._parts: list[str] = []
+        self._chars = 0
+        self.records: list[Record] = []
+        """Every record since the console was attached, oldest first."""
+
+    @property
+    def text(self) -> str:
+        """All text so far, including records (the last 4 Mi characters)."""
+        return "".join(self._parts)
+
+    def tail(self, lines: int = 10) -> str:
+        """Return the last lines that are not empty."""
+        return "\n".join([line for line in self.text.splitlines() if line.strip()][-lines:])
+
+    async def type(self, line: str) -> None:
+        """Type a line to the guest; lab/guests/README.md has the commands it knows.
+
+        :raise GuestError: the console is closed.
+        """
+        if self._writer is None or self._closed:
+            raise GuestError("the guest's console is closed", "see the console's text")
+        self._writer.write(f"{line}\n".encode())
+        await self._writer.drain()
+
+    def restarted(self) -> None:
+        """Take note that the guest is reset, which may cut a record short.
+
+        Until the guest is ready again, or says why it is not, mangled records are skipped.
+        """
+        self._restarted = True
+        self._mangled = None
+
+    async def wait_record(
+        self, wanted: Callable[[Record], bool], *, since: int = 0, timeout_s: float
+    ) -> Record:
+        """Return the first record that `wanted` accepts among `records[since:]` and those to come.
+
+        :raise GuestSilentError: when the time is over.
+        :raise GuestError: when the guest printed a mangled record or closed the console first.
+        """
+        checked = since
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                while True:
+                    while checked < len(self.records):
+                        record = self.records[checked]
+                        checked += 1
+                        if wanted(record):
+                            return record
+                    if self._mangled is not None:
+                        raise self._mangled
+                    if self._closed:
+                        raise GuestError("the guest's console closed", "see the console's text")
+                    await self._changed.wait()
+        except TimeoutError as error:
+            last = self.tail(1)
+            raise GuestSilentError(
+                f"the guest was silent for {timeout_s:g} s"
+                + (f" after {last!r}" if last else " and printed nothing at all"),
+                "give it more time, or look at the console's text",
+            ) from error
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            # A reset is QEMU dying; the end of the stream is the end either way.
+            with contextlib.suppress(ConnectionError):
+                while data := await reader.read(65536):
+                    async with self._changed:
+                        self._take(data.decode("utf-8", "replace").replace("\r", ""))
+                        self._changed.notify_all()
+        finally:
+            async with self._changed:
+                self._closed = True
+                self._changed.notify_all()
+
+    def _take(self, text: str) -> None:
+        self._parts.append(text)
+        self._chars += len(text)
+        while self._chars > MAX_TEXT_CHARS and len(self._parts) > 1:
+            self._chars -= len(self._parts.pop(0))
+        *lines, self._partial = (self._partial + text).split("\n")
+        for line in lines:
+            try:
+                record = parse_record(line)
+            except GuestError as error:
+                # Here nobody would see it; the next one who waits for a record does.
+                if not self._restarted:
+                    self._mangled = self._mangled or error
+                continue
+            if record is not None:
+                self.records.append(record)
+                if record.kind in ("ready", "error"):
+                    self._restarted = False
+
+
+@contextlib.asynccontextmanager
+async def attached(sock: socket.socket) -> AsyncIterator[Console]:
+    """Read the console from `sock`, one end of a connected pair; the context closes it."""
+    reader, writer = await asyncio.open_connection(sock=sock)
+    console = Console(writer)
+    task = asyncio.create_task(console._read(reader), name="console")
+    try:
+        yield console
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
