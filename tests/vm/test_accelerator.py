@@ -8,7 +8,7 @@ import lab
 from lab.doctor import kvm_checks
 from lab.scenario.machine import GuestKind
 from lab.vm import accelerator
-from lab.vm.accelerator import _found, kvm_guest_problem, settled
+from lab.vm.accelerator import kvm_guest_problem, settled
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("tcg")]
 
@@ -41,7 +41,7 @@ async def test_a_guest_that_does_not_boot_under_kvm_is_why_it_is_not_used(
 ) -> None:
     if problem := await kvm_guest_problem("micro"):
         pytest.skip(problem)
-    _found.clear()
+    accelerator._found.clear()
     # As under a KVM that runs an instruction and no guest.
     monkeypatch.setattr(accelerator, "PROBE_TIMEOUT_S", 0)
     chosen = await settled(lab.Machine(guest="micro", accel="auto"))
