@@ -13,7 +13,7 @@ from typing import Literal
 from lab.errors import HostError, LabError
 from lab.guests.linux.build import find_guest
 from lab.host.cache import cache_dir
-from lab.host.info import _governor, thp_settings
+from lab.host.info import cpu_governor, thp_settings
 from lab.host.ksm import KSM, ksm_runs, merges_everything
 from lab.host.limits import Limits, cpu_quota, memory_room, memory_rooms, process_limit
 from lab.host.needs import COMFORTABLE_KERNEL, huge_pages, require_setpriv, uffd_remedy
@@ -33,9 +33,6 @@ _OLDEST_KERNEL = (5, 7)
 # That went to stable kernels too, so between these versions it is not known.
 _ZERO_PAGES_LOSE_PROTECTION = ((6, 12), (6, 18))
 _MIB = 1 << 20
-
-
-# --- The checks of `lab doctor` --------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +118,7 @@ def _check_cpu() -> list[Check]:
     count = os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0))
     quota = cpu_quota()
-    governor = _governor()
+    governor = cpu_governor()
     here = f"{count} CPUs" if allowed == count else f"{allowed} of {count} CPUs, by affinity"
     if quota is not None and quota.cpus < allowed:
         detail = (

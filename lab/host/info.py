@@ -26,9 +26,6 @@ _RECORDED_LIBRARIES = (
 _THP = Path("/sys/kernel/mm/transparent_hugepage")
 
 
-# --- What a run records ----------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class HostInfo:
     """The host a measurement was made on, without what names it or its owner.
@@ -75,7 +72,7 @@ class HostInfo:
             distribution=platform.freedesktop_os_release().get("PRETTY_NAME", ""),
             virtualisation=_virtualisation(cpuinfo),
             kvm=_kvm(),
-            governor=_governor(),
+            governor=cpu_governor(),
             clocksource=kernel_text(
                 "/sys/devices/system/clocksource/clocksource0/current_clocksource"
             ).strip(),
@@ -114,7 +111,8 @@ def _kvm() -> str:
     return "pvm" if kvm_is_pvm() else "present"
 
 
-def _governor() -> str:
+def cpu_governor() -> str:
+    """The CPU frequency governors in use; empty where the kernel has none."""
     files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
     return ",".join(sorted({kernel_text(file).strip() for file in files}))
 

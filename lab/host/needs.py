@@ -15,9 +15,6 @@ _HUGE_PAGES = Path(f"/sys/kernel/mm/hugepages/hugepages-{HUGE_PAGE_MIB * 1024}kB
 COMFORTABLE_KERNEL = (6, 4)
 
 
-# --- What boot and snapshot ask for ----------------------------------------------------------
-
-
 def uffd_remedy(probe: UffdProbe) -> str:
     """What to do about a userfaultfd that does not report all faults."""
     if probe.access == "user-mode-only" or "permitted" in probe.problem:

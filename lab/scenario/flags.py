@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lab.scenario.dimensions import column_of
 
-# Derived: command line flags, JSON, dimensions
-
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 

@@ -17,9 +17,6 @@ QEMU_STATE_BYTES = 64 << 20
 """Room on the disk for what is in an image besides pages: headers and the devices' state."""
 
 
-# Files
-
-
 def check_disk(vm: RunningVM, how: Method, image: Path) -> None:
     """Refuse a snapshot for which there is clearly no room; a disk that fills up later fails it."""
     guest_bytes = vm.machine.ram_mib << 20
