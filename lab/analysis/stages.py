@@ -18,6 +18,7 @@ from lab.runs.columns import three_digits
 from lab.runs.run import Run
 from lab.runs.sets import RunSet
 from lab.scenario.dimensions import DIMENSIONS, recorded_dimension
+from lab.scenario.engines import ENGINES, Sizes
 from lab.stats import median, quantile, quantile_interval
 
 STAGES: Mapping[str, str] = {
@@ -105,33 +106,23 @@ def df_phase_medians(runs: Iterable[Run]) -> pd.DataFrame:
 
 @dataclass(frozen=True, kw_only=True)
 class _Steps:
-    """How an engine goes about it: pages it releases with one call, while it sweeps and because of
-    a fault.
+    """How an engine works: pages it releases with one call, while it sweeps and because of a
+    fault.
     """
 
     sweep_pages: int
     fault_pages: int
 
 
-_PAGE_BY_PAGE = _Steps(sweep_pages=1, fault_pages=1)
-_DENSE_PAGES = 64
-"""What the engine `copy` takes along with a fault of a guest that writes densely."""
-
-
 def _steps_of(one: Run) -> _Steps | None:
-    """Return how the engine of a run goes about it; None for a run with no such engine."""
-    engine = one.summary.get("engine")
-    if engine in ("inline", "rfc"):
-        return _PAGE_BY_PAGE
-    if engine != "copy":
+    """Return how the engine of a run works; None for a run with no such engine."""
+    engine = ENGINES.get(one.summary.get("engine") or "")
+    if engine is None:
         return None
-    scenario = one.record.scenario
-    chunk_kib, around = (
-        int(recorded_dimension(scenario, name)) for name in ("chunk_kib", "fault_around_pages")
-    )
-    return _Steps(
-        sweep_pages=chunk_kib * _PAGES_PER_MIB // 1024, fault_pages=around or _DENSE_PAGES
-    )
+    names = ("chunk_kib", "fault_around_pages")
+    recorded = {name: int(recorded_dimension(one.record.scenario, name)) for name in names}
+    sizes = Sizes(**recorded)
+    return _Steps(sweep_pages=engine.sweep_pages(sizes), fault_pages=engine.fault_pages(sizes))
 
 
 def df_against_floor(run_set: RunSet, floor: RunSet) -> pd.DataFrame:

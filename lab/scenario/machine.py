@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lab.scenario.engines import DEFAULT_CHUNK_KIB, Sizes
 from lab.scenario.require import require, require_bool, require_choice, require_int, require_strings
 
 Accel = Literal["tcg", "kvm", "auto"]
@@ -23,9 +24,6 @@ RAM_RESERVE_MIB: Mapping[str, int] = types.MappingProxyType({"linux": 96, "micro
 
 HUGE_PAGE_MIB = 2
 """What guest RAM of the kind `hugetlb` consists of."""
-
-DEFAULT_CHUNK_KIB = 2048
-"""What the engine `copy` releases at a time by default."""
 
 MAX_VCPUS = 255
 """The limit of QEMU's `pc` machine type."""
@@ -212,25 +210,18 @@ class Machine:
             require_bool(name, getattr(self, name))
         self._check_guest()
         self._check_disk()
-        self._check_sizes()
+        _ = self.sizes  # raises for what cannot work
         require_strings("extra_args", self.extra_args)
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of the engine `copy`; raises `UsageError` where they cannot work."""
+        return Sizes(fault_around_pages=self.fault_around_pages, chunk_kib=self.chunk_kib)
 
     @property
     def sets_sizes(self) -> bool:
         """Whether sizes of the engine `copy` are asked for that are not the engine's own."""
-        return (self.fault_around_pages, self.chunk_kib) != (0, DEFAULT_CHUNK_KIB)
-
-    def _check_sizes(self) -> None:
-        require_int("fault_around_pages", self.fault_around_pages, 0, 1 << 20)
-        require_int("chunk_kib", self.chunk_kib, 64 * 4, 1 << 20)
-        for name in ("fault_around_pages", "chunk_kib"):
-            value = getattr(self, name)
-            require(value & (value - 1) == 0, f"{name} is {value}", "give a power of two")
-        require(
-            self.fault_around_pages * 4 <= self.chunk_kib,
-            f"{self.fault_around_pages} pages are more than a chunk of {self.chunk_kib} KiB",
-            "use fewer fault_around_pages, or a larger chunk_kib",
-        )
+        return self.sizes != Sizes()
 
     def _check_guest(self) -> None:
         devices = {name: getattr(self, name) for name in ("disk", "net", "vnc", "balloon")}

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from lab.errors import UsageError
+from lab.scenario.engines import DEFAULT_CHUNK_KIB, Sizes
 from lab.scenario.machine import (
-    DEFAULT_CHUNK_KIB,
     RAM_RESERVE_MIB,
     THREADED_DISKS,
     Accel,
@@ -201,7 +201,6 @@ nothing are of the trial as a whole.  What keeps something else from being drawn
 _GUEST_RESERVE_MIB = RAM_RESERVE_MIB["linux"] + 16
 
 _PAGE_KIB = 4
-_DENSE_GROUP_PAGES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,7 +472,8 @@ def _reconcile(
         most = sizes["chunk_kib"] // _PAGE_KIB
         sizes["fault_around_pages"] = min(sizes["fault_around_pages"], most)
     machine |= sizes
-    needed_mib = _buffer_needed_mib(huge=huge, **sizes)
+    needed_kib = Sizes(**sizes).buffer_needed_kib(huge=huge)
+    needed_mib = next(mib for mib in (*BUFFER_MIB, 64) if mib << 10 >= needed_kib)
     spare_mib = room_mib - workload["wss_mib"] if machine["balloon"] else 0
     shots[0]["restored"] = False
     for before, shot in itertools.pairwise(shots):
@@ -512,13 +512,6 @@ def _reconcile_devices(machine: dict[str, Any], offer: Offer) -> None:
         machine["disk_aio"] = "threads"
     if machine["disk"] not in THREADED_DISKS:
         machine["disk_iothread"] = False
-
-
-def _buffer_needed_mib(*, huge: bool, fault_around_pages: int, chunk_kib: int) -> int:
-    group_kib = max(fault_around_pages, _DENSE_GROUP_PAGES) * _PAGE_KIB
-    if huge:
-        chunk_kib, group_kib = max(chunk_kib, 2048), max(group_kib, 2048)
-    return next(mib for mib in (*BUFFER_MIB, 64) if mib << 10 >= chunk_kib + group_kib)
 
 
 def _reconcile_shot(shot: dict[str, Any], needed_mib: int, spare_mib: int, offer: Offer) -> None:

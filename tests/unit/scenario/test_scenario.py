@@ -19,9 +19,10 @@ from lab.scenario.dimensions import (
     replace_dimensions,
 )
 from lab.scenario.document import from_json, to_json
+from lab.scenario.engines import DEFAULT_CHUNK_KIB
 from lab.scenario.flags import add_arguments, from_arguments
 from lab.scenario.instruments import Instruments
-from lab.scenario.machine import BOOLEAN_DEVICES, DEFAULT_CHUNK_KIB, MIN_RAM_MIB, Machine
+from lab.scenario.machine import BOOLEAN_DEVICES, MIN_RAM_MIB, Machine
 from lab.scenario.methods import METHODS, method
 from lab.scenario.scenario import Scenario
 from lab.scenario.storage import Storage
