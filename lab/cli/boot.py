@@ -5,6 +5,7 @@ import asyncio
 import json
 from typing import TYPE_CHECKING
 
+from lab.cli import Subparsers, add_command
 from lab.scenario.flags import add_arguments, from_arguments
 from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
@@ -13,11 +14,13 @@ if TYPE_CHECKING:
     from lab.session import VM
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add the command's parser."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "boot",
-        help="run a guest until interrupted",
+        _boot,
+        summary="run a guest until interrupted",
         description="Boot a guest, run its workload and show its speed once a second, until "
         "interrupted or for --seconds.",
     )
@@ -30,7 +33,6 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default="patched",
         help="which QEMU (default patched)",
     )
-    parser.set_defaults(handler=_boot)
 
 
 def add_running_arguments(parser: argparse.ArgumentParser) -> None:

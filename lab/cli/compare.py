@@ -4,15 +4,19 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lab.cli import Subparsers, add_command
+
 if TYPE_CHECKING:
     from lab.runs.sets import RunSet
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add the command's parser."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "compare",
-        help="compare two run sets",
+        _compare,
+        summary="compare two run sets",
         description="Compare B with A, metric by metric, over boots: difference and ratio of "
         "medians, an interval for the ratio, and p of a permutation test. Only parameters that "
         "differ are named.",
@@ -21,7 +25,6 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         parser.add_argument(
             name, metavar=name.upper(), help="a run set, or SET:METHOD for one method of it"
         )
-    parser.set_defaults(handler=_compare)
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -3,22 +3,25 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from lab.cli import Subparsers, add_command
+
 if TYPE_CHECKING:
     from lab.doctor import Check
 
 EXIT_UNUSABLE_HOST = 2
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add the command's parser."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "doctor",
-        help="check what this host can do",
+        _doctor,
+        summary="check what this host can do",
         description="Check what this host can do. Changes nothing. Exit status 2 when it cannot "
         "take a live snapshot.",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object: host and checks")
-    parser.set_defaults(handler=_doctor)
 
 
 async def _doctor(args: argparse.Namespace) -> int:

@@ -1,24 +1,18 @@
 """``lab measure``: methods times repeats, interleaved, into a run set."""
 
 import argparse
-import asyncio
 import json
-import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lab.cli import Subparsers, add_command
+from lab.cli.recording import add_output_arguments, out_folder, recording, report_failures
 from lab.errors import HostError, UsageError
-from lab.progress import ProgressLine
-from lab.scenario.dimensions import parse_dimension
-from lab.scenario.flags import add_arguments, from_arguments
-from lab.scenario.instruments import Instruments
+from lab.scenario.command import add_plan_arguments, plan_from_arguments
+from lab.scenario.flags import from_arguments
 from lab.scenario.machine import Machine
 from lab.scenario.methods import METHODS
-from lab.scenario.storage import Storage
-from lab.scenario.workload import Workload
 
 if TYPE_CHECKING:
     from lab.measure.campaign import Progress
@@ -34,6 +28,7 @@ examples:
   lab measure --method live --vary storage-mib-per-s=0,100   an image on a slower disk
   lab measure --vary rate-ops-per-s=5000,50000,0             a guest that is not always busy
   lab measure --method live --vary time-threads=yes,no       what one instrument costs
+  lab measure --campaign ram-size --repeats 1                a recorded set's plan, once
 """
 
 
@@ -53,107 +48,53 @@ class _Moved(argparse.Action):
             parser.error(f"unrecognized arguments: {values}")
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add the command's parser."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "measure",
-        help="measure methods, interleaved, into a run set",
+        _measure,
+        summary="measure methods, interleaved, into a run set",
         description="Measure methods times repeats, each run a fresh boot, in rounds of random "
-        "order;\nwith --vary, each method with every combination of the values given. An "
-        "unfinished\nrun set of the same plan is continued. Exit status 1 when a run failed.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "order; with --vary, each method with every combination of the values given. An unfinished "
+        "run set of the same plan is continued. Exit status 1 when a run failed.",
         epilog=_EXAMPLES,
+        usage="%(prog)s [FLAG ...]",
     )
     parser.add_argument("moved", nargs="?", action=_Moved, help=argparse.SUPPRESS)
-    plan = parser.add_argument_group("plan")
-    plan.add_argument(
-        "--method",
-        action="append",
-        dest="methods",
-        metavar="METHOD",
-        help=f"repeatable; one of {', '.join(METHODS)} (default: every method)",
+    named = parser.add_argument_group("campaign")
+    named.add_argument(
+        "--campaign",
+        metavar="NAME",
+        help="measure the plan of this name, as in data/NAME; other flags change it",
     )
-    plan.add_argument(
-        "--vary",
-        action="append",
-        default=[],
-        metavar="PARAMETER=VALUE,...",
-        help="measure each of these values of a parameter below, as in ram-mib=512,1024 or "
-        "workload=idle,random; yes, no or default for a switch; repeatable for every combination",
-    )
-    plan.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="boots per case (default 5)"
-    )
-    plan.add_argument(
-        "--warmups",
-        type=int,
-        default=0,
-        metavar="N",
-        help="rounds before them that do not count (default 0)",
-    )
-    plan.add_argument(
-        "--order-seed",
-        type=int,
-        default=1,
-        metavar="N",
-        help="seed of the order of cases within each round (default 1)",
-    )
-    plan.add_argument(
-        "--verify",
-        action="store_true",
-        help="after each timed snapshot take another, restore it and compare every byte of RAM",
-    )
-    add_arguments(parser.add_argument_group("machine"), Machine)
-    add_arguments(parser.add_argument_group("workload"), Workload)
-    add_arguments(parser.add_argument_group("storage"), Storage)
-    add_arguments(parser.add_argument_group("instruments"), Instruments)
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out", type=Path, metavar="DIR", help="the run set (default: a new one in the cache)"
-    )
-    output.add_argument(
-        "--image-dir",
-        type=Path,
-        metavar="DIR",
-        help="where images are written (default: in the cache)",
-    )
+    named.add_argument("--campaigns", action="store_true", help="list names and questions")
+    add_plan_arguments(parser)
+    output = add_output_arguments(parser, "images", "run")
     output.add_argument(
         "--keep-images",
         action="store_true",
         help="leave the images there (default: in the folder images of the cache)",
     )
-    output.add_argument("--note", default="", help="free text, kept in the run set")
-    output.add_argument("--json", action="store_true", help="one JSON object per run on stdout")
-    output.add_argument("--dry-run", action="store_true", help="only say what would be measured")
-    parser.set_defaults(handler=_measure)
 
 
 async def _measure(args: argparse.Namespace) -> int:
-    from lab.host.cache import cache_dir
     from lab.scenario.plan import Plan, describe
     from lab.vm.accelerator import settled
 
-    chosen = await settled(from_arguments(Machine, args))
-    plan = Plan(
-        methods=tuple(dict.fromkeys(args.methods or METHODS)),
-        machine=chosen.machine,
-        workload=from_arguments(Workload, args),
-        storage=from_arguments(Storage, args),
-        instruments=from_arguments(Instruments, args),
-        repeats=args.repeats,
-        warmups=args.warmups,
-        seed=args.order_seed,
-        verify=args.verify,
-        vary=_varied(args.vary),
-    )
+    if args.campaigns:
+        print(_campaigns_text())
+        return 0
+    base = _named_plan(args.campaign) if args.campaign else Plan(methods=tuple(METHODS))
+    chosen = await settled(from_arguments(Machine, args, base.machine))
+    args.accel = chosen.machine.accel
+    plan = plan_from_arguments(args, base)
     if args.dry_run:
         print("\n".join(describe(plan)))
         return 0
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    out = args.out or cache_dir() / "runs" / stamp
     done = await run_campaign(
         plan,
-        out,
+        out_folder(args),
         image_dir=args.image_dir,
         note=args.note,
         keep_images=args.keep_images,
@@ -165,17 +106,22 @@ async def _measure(args: argparse.Namespace) -> int:
     return 0 if all(run.ok for run in done) else 1
 
 
-def _varied(given: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    varied: dict[str, tuple[Any, ...]] = {}
-    for text in given:
-        name, equals, values = text.partition("=")
-        name = name.replace("-", "_")
-        if not equals or not values:
-            raise UsageError(f"--vary {text}", "give it as PARAMETER=VALUE,VALUE")
-        if name in varied:
-            raise UsageError(f"--vary names {name} twice", "give all its values at once")
-        varied[name] = tuple(parse_dimension(name, value) for value in values.split(","))
-    return varied
+def _campaigns_text() -> str:
+    from lab.scenario.campaigns import campaigns
+
+    width = max(map(len, campaigns()))
+    return "\n".join(f"{name:{width}}  {one.question}" for name, one in campaigns().items())
+
+
+def _named_plan(name: str) -> "Plan":
+    """The plan of a campaign.  Raises UsageError for one that another command measures."""
+    from lab.scenario.campaigns import campaign
+    from lab.scenario.command import command
+    from lab.scenario.plan import Plan
+
+    if isinstance(plan := campaign(name).plan, Plan):
+        return plan
+    raise UsageError(f"the campaign {name} boots no guest", f"use `{command(plan)}`")
 
 
 async def run_campaign(
@@ -188,7 +134,7 @@ async def run_campaign(
     as_json: bool = False,
     fallback: str = "",
 ) -> "RunSet":
-    """Measure `plan` into `out` with a progress line; print a line a run when `as_json`.
+    """Measure `plan` into `out` with a progress line; print a line per run when `as_json`.
 
     :param fallback: why accelerator "auto" is not KVM; the set keeps it.
     """
@@ -201,7 +147,7 @@ async def run_campaign(
     ground = survey(plan, fallback)
     if image_dir is not None and not image_dir.is_dir():
         raise HostError(f"there is no folder {image_dir}", "create it or name another --image-dir")
-    with ExitStack() as stack:
+    with recording(out) as line, ExitStack() as stack:
         if image_dir is not None:
             images = image_dir
         elif keep_images:
@@ -210,7 +156,7 @@ async def run_campaign(
         else:
             # A campaign that is killed leaves an image; the next one removes it with its folder.
             images = stack.enter_context(private_folder("images-", cache_dir()))
-        line = stack.enter_context(ProgressLine())
+        report = report_failures(line)
 
         def on_start(progress: "Progress") -> None:
             line(
@@ -221,26 +167,18 @@ async def run_campaign(
         def on_run(run: "Run") -> None:
             if as_json:
                 print(json.dumps(run.summary), flush=True)
-            if not run.ok:
-                line(f"{run.name} {run.record.outcome}: {run.record.reason}")
+            report(run)
 
-        try:
-            return await measure(
-                plan,
-                out,
-                image_dir=images,
-                ground=ground,
-                note=note,
-                keep_images=keep_images,
-                on_start=on_start,
-                on_run=on_run,
-            )
-        except asyncio.CancelledError:
-            stack.close()
-            print(
-                f"lab: interrupted; the same arguments with --out {out} continue", file=sys.stderr
-            )
-            raise
+        return await measure(
+            plan,
+            out,
+            image_dir=images,
+            ground=ground,
+            note=note,
+            keep_images=keep_images,
+            on_start=on_start,
+            on_run=on_run,
+        )
 
 
 def print_table(run_set: "RunSet") -> None:

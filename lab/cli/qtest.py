@@ -4,14 +4,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from lab.cli import Subparsers, add_command
 from lab.progress import ProgressLine
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add the command's parser."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "qtest",
-        help="run QEMU's own migration tests on both builds",
+        _qtest,
+        summary="run QEMU's own migration tests on both builds",
         description="Run QEMU's own migration tests, one by one, on the unpatched build and on "
         "the patched one, and print both lists side by side. Exit status 1 when the patched one "
         "fails a test that the unpatched one passes. A test takes seconds, "
@@ -31,7 +34,6 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--record", type=Path, metavar="FILE", help="go on from this file, and write it"
     )
     parser.add_argument("--json", action="store_true", help="print the record")
-    parser.set_defaults(handler=_qtest)
 
 
 async def _qtest(args: argparse.Namespace) -> int:

@@ -4,12 +4,16 @@ import argparse
 import sys
 from pathlib import Path
 
+from lab.cli import Subparsers, add_command
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+
+def register(subparsers: Subparsers) -> None:
     """Add the command's parser."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "report",
-        help="write one self-contained HTML file about a run set",
+        _report,
+        summary="write one self-contained HTML file about a run set",
         description="Write one HTML file that can be mailed: figures, every run, the host, the "
         "builds, what each number is and what it does not show.",
     )
@@ -21,7 +25,6 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="FILE",
         help="default: SET.html beside it; - for stdout",
     )
-    parser.set_defaults(handler=_report)
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -8,10 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lab.cli import Subparsers, add_command
 from lab.progress import ProgressLine
-from lab.scenario.machine import Machine
 from lab.scenario.methods import METHODS
-from lab.scenario.workload import Workload
 
 if TYPE_CHECKING:
     from lab.runs.sets import RunSet
@@ -23,28 +22,28 @@ MAIN_SET = "first-light"
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What a profile measures, with every method; `every_set` adds the other sets that notebooks
-    show, each by its own plan.
+    """How often a profile measures every method; `every_set` adds the campaigns of the other sets
+    that notebooks show.
     """
 
-    machine: Machine
-    workload: Workload
     repeats: int
     every_set: bool = False
 
 
 PROFILES = {
     # Of the order of minutes on 2 CPUs; three boots show a factor, not a percentage.
-    "quick": Profile(machine=Machine(), workload=Workload(), repeats=3),
-    "full": Profile(machine=Machine(), workload=Workload(), repeats=6, every_set=True),
+    "quick": Profile(repeats=3),
+    "full": Profile(repeats=6, every_set=True),
 }
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add the command's parser."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "reproduce",
-        help="build, measure every method, write the report and the figures",
+        _reproduce,
+        summary="build, measure every method, write the report and the figures",
         description="Build what is missing, measure every method on this machine, print the table, "
         "write one HTML report and re-make the notebooks' figures from this machine's own data. "
         "The profile full measures every set that the notebooks show (an hour or two); quick the "
@@ -60,7 +59,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--repeats",
         type=int,
         metavar="N",
-        help="boots a case in every set, rounds of the floor (default: the profile's, and those "
+        help="boots per case in every set, rounds of the floor (default: the profile's, and those "
         "of the recorded sets); 1 shows whether all works here",
     )
     parser.add_argument(
@@ -69,7 +68,6 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="also write a page that shows every figure beside the recorded one; with --out of a "
         "measurement that is complete, nothing is measured again",
     )
-    parser.set_defaults(handler=_reproduce)
 
 
 async def _reproduce(args: argparse.Namespace) -> int:
@@ -84,8 +82,6 @@ async def _reproduce(args: argparse.Namespace) -> int:
     out = args.out or Path("data") / f"{args.profile}-{stamp}"
     plan = Plan(
         methods=tuple(METHODS),
-        machine=profile.machine,
-        workload=profile.workload,
         repeats=profile.repeats if args.repeats is None else args.repeats,
     )
     with ProgressLine() as line:
@@ -120,37 +116,31 @@ async def _measured(plan: "Plan", out: Path, note: str) -> "RunSet":
 
 
 async def _other_sets(folder: Path, note: str, repeats: int | None) -> "dict[str, RunSet]":
-    """Measure again, by its own plan, every other set that a notebook shows, unless this host has
-    not the accelerator for it.
+    """Measure the campaign of every other set that a notebook shows, unless this host does not have
+    the accelerator for it.
 
     :param repeats: instead of those of the plans.
     """
     from lab.cli.floor import run_floor
     from lab.measure.campaign import plan_here
-    from lab.report.notebooks import NOTEBOOKS, notebook_paths, sets_named
+    from lab.report.notebooks import notebook_paths, sets_named
     from lab.runs.sets import load_set
-    from lab.scenario.document import from_json
+    from lab.scenario.campaigns import campaign
     from lab.scenario.floor import FloorPlan
     from lab.vm.accelerator import accelerator_problem
 
     names = {name for path in notebook_paths() for name in sets_named(path).values()}
     own = {}
     for name in sorted(names - {MAIN_SET}):
-        recorded = load_set(NOTEBOOKS.parent / "data" / name)
-        out = folder / name
-        if recorded.kind == "floor":
+        plan, out = campaign(name).plan, folder / name
+        if isinstance(plan, FloorPlan):
             if (out / "set.json").exists() and (found := load_set(out)).complete:
                 own[name] = found
                 continue
-            document = {
-                key: value
-                for key, value in recorded.record.plan.items()
-                if key not in ("kind", "methods")
-            }
-            document |= {} if repeats is None else {"repeats": repeats}
-            own[name] = await run_floor(from_json(FloorPlan, document), out, note=note)
+            plan = plan if repeats is None else replace(plan, repeats=repeats)
+            own[name] = await run_floor(plan, out, note=note)
         else:
-            plan = plan_here(recorded)
+            plan = plan_here(plan)
             if problem := await accelerator_problem(plan.machine):
                 print(f"{name} is shown as it was recorded: {problem}", file=sys.stderr)
                 continue

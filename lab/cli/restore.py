@@ -4,15 +4,18 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
+from lab.cli import Subparsers, add_command
 from lab.cli.boot import add_running_arguments, show_speed
 from lab.scenario.machine import Accel
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add the command's parser."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "restore",
-        help="run a guest from a snapshot until interrupted",
+        _restore,
+        summary="run a guest from a snapshot until interrupted",
         description="Restore a guest and show its speed once a second, until interrupted or for "
         "--seconds.",
     )
@@ -41,7 +44,6 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="do not read the image against its checksums first",
     )
     add_running_arguments(parser)
-    parser.set_defaults(handler=_restore)
 
 
 async def _restore(args: argparse.Namespace) -> int:

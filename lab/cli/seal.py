@@ -3,12 +3,16 @@
 import argparse
 from pathlib import Path
 
+from lab.cli import Subparsers, add_command
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+
+def register(subparsers: Subparsers) -> None:
     """Add the command's parser."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "seal",
-        help="pack a complete run set into a few files",
+        _seal,
+        summary="pack a complete run set into a few files",
         description="Pack a complete run set into one table of each kind for all runs, one file "
         "of their records, and checksums. `lab measure` and `lab floor` do it by themselves; this "
         "is for sets of older versions, for one that had no room, and for one that was "
@@ -16,7 +20,6 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "before the single runs are removed.",
     )
     parser.add_argument("set", type=Path, metavar="SET", nargs="+", help="a run set")
-    parser.set_defaults(handler=_seal)
 
 
 def _seal(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from lab.cli import Subparsers, add_command
 from lab.scenario.flags import add_arguments, from_arguments
 from lab.scenario.machine import Machine
 from lab.scenario.methods import METHODS, method
@@ -12,11 +13,13 @@ from lab.scenario.storage import Storage
 from lab.scenario.workload import Workload
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add the command's parser."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "snapshot",
-        help="boot a guest and take one snapshot of it",
+        _snapshot,
+        summary="boot a guest and take one snapshot of it",
         description="Boot a guest, take a snapshot of it while its workload runs, and say how "
         "that went. For figures to compare use `lab measure`.",
     )
@@ -33,7 +36,6 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="do not read the image again for the checksums in PATH.json",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.set_defaults(handler=_snapshot)
 
 
 async def _snapshot(args: argparse.Namespace) -> int:

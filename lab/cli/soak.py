@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from lab.cli import Subparsers, add_command
 from lab.errors import UsageError
 from lab.progress import ProgressLine
 from lab.scenario.machine import Accel, Machine, RamKind
@@ -25,39 +26,72 @@ MAX_SEED = 1_000_000_000
 DEFAULT_ATTEMPTS = 3
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+_EXAMPLES = """\
+examples:
+  lab soak --minutes 5
+  lab soak --guest any --iterations 1000       both guests, and KVM where it runs them
+  lab soak --resume RECORD --minutes 60        go on where a soak ended
+  lab soak --seed 7 --iterations 3 --shrink    make what it found simpler
+"""
+
+
+def register(subparsers: Subparsers) -> None:
     """Add the command's parser."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "soak",
-        help="verify random snapshots of random guests",
+        _soak,
+        summary="verify random snapshots of random guests",
         description="Take snapshots of guests, both drawn at random, restore each and compare "
         "every byte of RAM. What differs or fails is listed with the command that does it again. "
         "Exit status 1 when anything did. A guest that is silent at boot is listed and booted "
-        "once more, and fails when it is silent again.",
-        epilog="The same seed gives the same guest and snapshots. What a soak found can be made "
-        "simpler with --shrink, and a soak that was interrupted goes on with --resume. "
-        "Never drawn: "
+        "once more, and fails when it is silent again. The same seed gives the same guest and "
+        "snapshots. Never drawn: "
         + "; ".join(f"{what}: {why}" for what, why in NEVER_DRAWN.items())
         + ". What this host does not offer is said at the start.",
+        epilog=_EXAMPLES,
+        usage="%(prog)s [FLAG ...]",
     )
-    parser.add_argument(
+    _add_length_arguments(parser.add_argument_group("how much"))
+    _add_drawn_arguments(parser.add_argument_group("what is drawn"))
+    _add_finding_arguments(parser.add_argument_group("what was found"))
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out", type=Path, metavar="FILE", help="the record (default: a new one in the cache)"
+    )
+    output.add_argument("--json", action="store_true", help="the record on stdout as well")
+
+
+def _add_length_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--minutes",
         type=float,
         metavar="N",
-        help=f"begin no snapshot after so long (default {DEFAULT_MINUTES:g} without --iterations)",
+        help=f"begin no snapshot after N minutes (default {DEFAULT_MINUTES:g} without "
+        "--iterations)",
     )
-    parser.add_argument("--iterations", type=int, metavar="N", help="end after so many snapshots")
-    parser.add_argument(
+    group.add_argument("--iterations", type=int, metavar="N", help="end after N snapshots")
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="go on after the last guest of a record, with what that soak drew from; "
+        "--iterations counts those of the record, too",
+    )
+
+
+def _add_drawn_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--seed", type=int, metavar="S", help="seed of the first guest (default: any)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--method",
         action="append",
         dest="methods",
         metavar="METHOD",
         help=f"repeatable; draw only these of {', '.join(METHODS)}",
     )
-    parser.add_argument(
+    group.add_argument(
         "--ram-kind",
         action="append",
         dest="ram_kinds",
@@ -65,19 +99,19 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help=f"repeatable; draw only these of {', '.join(get_args(RamKind))} (default: all that "
         "this host has)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--guest",
         choices=get_args(GuestChoice),
         default="linux",
         help="what the guests run; any: draw that, and the accelerator with it (default linux)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--accel",
         choices=get_args(Accel),
         help="QEMU's accelerator; auto: kvm where the guest runs on it (default tcg, and auto with "
         "--guest any)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--state",
         action="append",
         dest="states",
@@ -85,44 +119,37 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="repeatable; draw only these run states in which a guest is taken (default running, "
         "and now and then paused)",
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the record (default: a new one in the cache)"
-    )
-    parser.add_argument(
-        "--resume",
-        type=Path,
-        metavar="FILE",
-        help="go on after the last guest of a record, with what that soak drew from; "
-        "--iterations counts those of the record, too",
-    )
-    parser.add_argument(
+
+
+def _add_finding_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--shrink",
         action="store_true",
         help="take the guest of --seed and as many snapshots as --iterations says, which is what "
         "a finding names, and make them simpler one by one as long as one of them fails",
     )
-    parser.add_argument(
+    group.add_argument(
         "--attempts",
         type=int,
         default=DEFAULT_ATTEMPTS,
         metavar="N",
         help=f"with --shrink: how often to try each (default {DEFAULT_ATTEMPTS})",
     )
-    parser.add_argument(
+    group.add_argument(
         "--only-shot",
         type=int,
         default=0,
         metavar="N",
         help="of each guest's snapshots take only this one, from 1; --shrink says so",
     )
-    parser.add_argument(
+    group.add_argument(
         "--simplify",
         action="append",
         default=[],
         metavar="WHAT",
         help="repeatable; something that is not drawn, but simple; --shrink says what",
     )
-    parser.add_argument(
+    group.add_argument(
         "--draw",
         type=int,
         default=VERSION,
@@ -130,8 +157,6 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="the version of what seeds give that a command was written for, to be refused when it "
         f"is another than this lab's, {VERSION}",
     )
-    parser.add_argument("--json", action="store_true", help="the record on stdout as well")
-    parser.set_defaults(handler=_soak)
 
 
 async def _soak(args: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ from lab.runs.records import RUN_SCHEMA, RunRecord, jsonable, utc_now
 from lab.runs.run import Run
 from lab.runs.sets import RunSet, create_set, load_set
 from lab.scenario.dimensions import dimensions
-from lab.scenario.document import from_json, to_json
+from lab.scenario.document import to_json
 from lab.scenario.machine import Machine
 from lab.scenario.plan import TYPICAL_RUN_S, Plan, Slot, slots
 from lab.scenario.scenario import Scenario
@@ -101,17 +101,13 @@ def _lab() -> dict[str, Any]:
 
 
 def plan_of(run_set: RunSet) -> Plan:
-    """The plan a set was recorded with, to measure the same again.
+    """The plan that a set of snapshots was recorded by.
 
-    Raises RunError when this version of the lab cannot read it.
+    Raises RunError for a floor, and when this version of the lab cannot read the plan.
     """
-    document = {k: v for k, v in run_set.record.plan.items() if k != "order"}
-    try:
-        return from_json(Plan, document)
-    except UsageError as error:
-        raise RunError(
-            f"the plan of {run_set.path} is not one of this version: {error.cause}", error.remedy
-        ) from error
+    if isinstance(plan := run_set.plan, Plan):
+        return plan
+    raise RunError(f"{run_set.name} is a floor, which boots no guest", "use `lab floor`")
 
 
 async def measure(
@@ -163,26 +159,22 @@ async def measure(
 
 
 async def measure_again(recorded: RunSet, folder: Path, *, repeats: int = 1) -> RunSet:
-    """Measure the plan of a set on this machine, with so many boots a case; return the new set.
+    """Measure the plan of a set on this machine, with `repeats` boots per case; return the new set.
 
     :param folder: an existing folder, for the set and for images.
 
-    :raise RunError: the set's plan can not be read by this version of the lab.
-    :raise HostError: this host can not do it.
+    :raise RunError: the set's plan cannot be read by this version of the lab.
+    :raise HostError: this host cannot do it.
     """
-    plan = dataclasses.replace(plan_here(recorded), repeats=repeats, warmups=0)
+    plan = dataclasses.replace(plan_here(plan_of(recorded)), repeats=repeats, warmups=0)
     out = folder / recorded.name
     return await measure(plan, out, image_dir=folder, ground=survey(plan))
 
 
-def plan_here(recorded: RunSet) -> Plan:
-    """The plan a set was recorded with, without the kinds of RAM and the accelerators that it
-    varied and that this host can not give, and without rebuilding huge pages where that is not
-    permitted.
-
-    Raises RunError when this version of the lab cannot read it.
+def plan_here(plan: Plan) -> Plan:
+    """A plan without the kinds of RAM and the accelerators that it varies and that this host cannot
+    give, and without rebuilding huge pages where that is not permitted.
     """
-    plan = plan_of(recorded)
     checks = {"ram_kind": _has_ram, "accel": _has_accelerator}
     here = {
         name: tuple(value for value in plan.vary[name] if has(plan.machine, value))
@@ -195,7 +187,6 @@ def plan_here(recorded: RunSet) -> Plan:
 
 
 def _may_rebuild() -> bool:
-
     try:
         require_rebuild()
     except HostError:
@@ -204,12 +195,10 @@ def _may_rebuild() -> bool:
 
 
 def _has_accelerator(machine: Machine, accel: Any) -> bool:
-
     return accel != "kvm" or not kvm_problem(machine.guest)
 
 
 def _has_ram(machine: Machine, kind: Any) -> bool:
-
     try:
         require_ram(dataclasses.replace(machine, ram_kind=kind))
     except HostError:

@@ -48,7 +48,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from lab.display import html_row
-from lab.errors import HostError, RunError
+from lab.errors import HostError, RunError, UsageError
 from lab.host.files import write_atomically
 from lab.host.room import require_room
 from lab.runs import sealed
@@ -66,6 +66,10 @@ from lab.runs.records import (
     utc_now,
 )
 from lab.runs.run import Run, load_run, run_name, write_protect, write_table
+from lab.scenario.command import command
+from lab.scenario.document import from_json
+from lab.scenario.floor import FloorPlan
+from lab.scenario.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +90,29 @@ class RunSet:
     def kind(self) -> str:
         """What its runs measured: `snapshot`, or `floor` (`lab floor`)."""
         return str(self.record.plan.get("kind", "snapshot"))
+
+    @property
+    def plan(self) -> Plan | FloorPlan:
+        """The plan that it was recorded by, to measure the same again.
+
+        Raises RunError when this version of the lab cannot read it.
+        """
+        document = dict(self.record.plan)
+        document.pop("order", None)
+        try:
+            if self.kind != "floor":
+                return from_json(Plan, document)
+            plan = {k: v for k, v in document.items() if k not in ("kind", "methods")}
+            return from_json(FloorPlan, plan)
+        except UsageError as error:
+            raise RunError(
+                f"the plan of {self.path} is not one of this version: {error.cause}", error.remedy
+            ) from error
+
+    @property
+    def command(self) -> str:
+        """The command line that measures the same again.  Raises as `plan` does."""
+        return command(self.plan)
 
     @property
     def complete(self) -> bool:

@@ -153,7 +153,7 @@ class Dimension:
 
     def shown(self, value: object) -> str:
         """A value for people."""
-        return self.zero if self.zero and value == 0 else _shown(value)
+        return self.zero if self.zero and value == 0 else value_text(value)
 
 
 def _dimension(name: str) -> Dimension:
@@ -193,9 +193,10 @@ def recorded_dimension(scenario: Mapping[str, Any], name: str) -> Any:
 
 def case_name(method: str, values: Mapping[str, Any]) -> str:
     """Return what a table calls a method measured with these values of what is varied."""
-    return ", ".join([method, *(f"{name}={_shown(value)}" for name, value in values.items())])
+    return ", ".join([method, *(f"{name}={value_text(value)}" for name, value in values.items())])
 
 
-def _shown(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A value as `parse_dimension` reads it."""
     names = {True: "yes", False: "no", None: "default"}
     return names[value] if value is None or isinstance(value, bool) else str(value)

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lab.errors import UsageError
 
@@ -40,25 +40,33 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class FloorPlan:
-    """What to measure.
+    """What to measure: rounds that hold every block once, each in an order of its own.
 
-    :param benchmarks: which of `BENCHMARKS`.
-    :param repeats: rounds; each holds every block once, in an order of its own.
-    :param mib: memory that is armed; the other benchmarks take at most `WORK_MIB` of it.
-    :param write_mib: size of the file that is written.
-    :param samples: most samples of a block; faults and unprotect calls in one.
-    :param delay_us: added by the handler to each fault before it releases the page, to see that
-        what is measured is what happens.
-    :param seed: fixes the order of the blocks and which pages are written to.
+    `seed` fixes the order of the blocks and which pages are written to.  `delay_us` is there to see
+    that what is measured is what happens.
     """
 
-    benchmarks: tuple[str, ...] = BENCHMARKS
-    repeats: int = 9
-    mib: int = 1024
-    write_mib: int = 256
-    samples: int = 199
-    delay_us: int = 0
-    seed: int = 1
+    benchmarks: tuple[str, ...] = field(
+        default=BENCHMARKS,
+        metadata={
+            "help": f"repeatable; one of {', '.join(BENCHMARKS)} (default: all of them)",
+            "flag": "benchmark",
+        },
+    )
+    repeats: int = field(default=9, metadata={"help": "rounds"})
+    mib: int = field(
+        default=1024,
+        metadata={"help": f"memory to protect, at most {WORK_MIB} of it for other steps"},
+    )
+    write_mib: int = field(default=256, metadata={"help": "size of the file to write"})
+    samples: int = field(
+        default=199,
+        metadata={"help": "most samples of a block; faults and unprotect calls in one"},
+    )
+    delay_us: int = field(
+        default=0, metadata={"help": "delay that the handler adds to each fault, to check"}
+    )
+    seed: int = field(default=1, metadata={"help": "order of blocks and pages"})
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.benchmarks if name not in BENCHMARKS]

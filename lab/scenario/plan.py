@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from lab.errors import UsageError
 from lab.scenario.dimensions import case_name, replace_dimensions
-from lab.scenario.document import to_json
 from lab.scenario.instruments import Instruments
 from lab.scenario.machine import GuestKind, Machine
 from lab.scenario.methods import Variant
@@ -76,7 +75,7 @@ class Plan:
             )
 
     def cases(self) -> list[Case]:
-        """Every case, methods outermost.  Raises UsageError when one can not be measured."""
+        """Every case, methods outermost.  Raises UsageError when one cannot be measured."""
         found = []
         for name in self.methods:
             # Sorted, because JSON does not keep an order of keys.
@@ -143,7 +142,7 @@ def describe(plan: Plan) -> Sequence[str]:
     """The plan as lines for `--dry-run`."""
     machine, workload = plan.machine, plan.workload
     planned = slots(plan)
-    left_out = [name for name, on in to_json(plan.instruments).items() if on is False]
+    left_out = [name for name, on in asdict(plan.instruments).items() if on is False]
     paced = 0 if "rate_ops_per_s" in plan.vary else workload.rate_ops_per_s
     rate = 0 if "storage_mib_per_s" in plan.vary else plan.storage.storage_mib_per_s
     head = "; ".join(

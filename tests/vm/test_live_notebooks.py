@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lab.measure.campaign import open_set, plan_here
+from lab.measure.campaign import open_set, plan_here, plan_of
 from lab.measure.ground import survey
 from lab.report import notebooks
 from lab.runs.sets import RunSet, load_set
@@ -48,13 +48,13 @@ def smaller(plan: Plan) -> Plan:
 
 
 async def skip_without_accelerator(recorded: RunSet) -> None:
-    if problem := await accelerator_problem(plan_here(recorded).machine):
+    if problem := await accelerator_problem(plan_here(plan_of(recorded)).machine):
         pytest.skip(f"{recorded.name}: {problem}")
 
 
 def small_set(recorded: RunSet, folder: Path) -> RunSet:
     """A set of nothing but a plan, which is all that measuring again asks for."""
-    plan = smaller(plan_here(recorded))
+    plan = smaller(plan_here(plan_of(recorded)))
     return open_set(folder / recorded.name, plan, survey(plan))
 
 

@@ -93,17 +93,28 @@ def test_measure_sets_the_order_of_runs_apart_from_the_pages(
     assert [(plan.workload.seed, plan.seed) for plan in plans] == [(5, 1), (1, 6)]
 
 
-def test_help_of_measure_has_groups_and_examples_that_parse(
-    capsys: pytest.CaptureFixture[str],
+MEASURE_GROUPS = (
+    *("campaign", "plan", "machine", "workload", "storage"),
+    *("instruments", "output"),
+)
+SOAK_GROUPS = ("how much", "what is drawn", "what was found", "output")
+
+
+@pytest.mark.parametrize(
+    ("command", "groups"), [("measure", MEASURE_GROUPS), ("soak", SOAK_GROUPS)]
+)
+def test_long_help_has_groups_and_examples_that_parse(
+    command: str, groups: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command_line.main(["measure", "--help"]) == 0
+    assert command_line.main([command, "--help"]) == 0
     text, _, examples = capsys.readouterr().out.partition("examples:\n")
-    groups = ("plan", "machine", "workload", "storage", "instruments", "output")
     assert all(f"\n{group}:\n" in text for group in groups)
     commands = [line.strip().split("   ")[0].split() for line in examples.strip().splitlines()]
     assert len(commands) >= 3
     for _, *arguments in commands:
-        assert command_line.main([*arguments, "--dry-run"]) == 0
+        command_line.build_parser().parse_args(arguments)
+        if command == "measure":
+            assert command_line.main([*arguments, "--dry-run"]) == 0
 
 
 def test_help_loads_nothing_heavy() -> None:

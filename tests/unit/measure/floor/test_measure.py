@@ -139,7 +139,7 @@ def test_what_is_for_snapshots_refuses_a_floor_in_one_line(
 ) -> None:
     with pytest.raises(RunError, match="is a floor"):
         sides(make_synthetic_set(), made_up, None, None)
-    with pytest.raises(RunError, match="not one of this version"):
+    with pytest.raises(RunError, match="use `lab floor`"):
         plan_of(made_up)
     with pytest.raises(RunError, match="holds snapshots"):
         df_floor(make_synthetic_set(name="another"))
