@@ -8,7 +8,8 @@ from lab.errors import HostError
 from lab.host.files import kernel_text
 from lab.host.limits import memory_room
 from lab.host.probe import UffdProbe, kvm_is_pvm, probe_kvm, probe_uffd
-from lab.scenario.machine import HUGE_PAGE_MIB, GuestKind
+from lab.scenario.guests import GUEST_LIMITS, GuestKind
+from lab.scenario.machine import HUGE_PAGE_MIB
 
 _MIB = 1 << 20
 _HUGE_PAGES = Path(f"/sys/kernel/mm/hugepages/hugepages-{HUGE_PAGE_MIB * 1024}kB")
@@ -108,8 +109,9 @@ def kvm_problem(guest: GuestKind) -> str:
     """
     if problem := probe_kvm():
         return problem
-    if guest == "linux" and kvm_is_pvm():
-        return "KVM runs, but it is PVM: a Linux guest does not boot under it"
+    limits = GUEST_LIMITS[guest]
+    if not limits.runs_under_pvm and kvm_is_pvm():
+        return f"KVM runs, but it is PVM: a {limits.title} does not boot under it"
     return ""
 
 
@@ -119,5 +121,8 @@ def require_kvm(guest: GuestKind) -> None:
     :raise HostError: when something does.
     """
     if problem := kvm_problem(guest):
-        other = ' or guest="micro"' if guest == "linux" and kvm_is_pvm() else ""
-        raise HostError(problem, f'use accel="tcg"{other}; see `lab doctor`')
+        choices = ['accel="tcg"']
+        if not GUEST_LIMITS[guest].runs_under_pvm and kvm_is_pvm():
+            able = [kind for kind, limits in GUEST_LIMITS.items() if limits.runs_under_pvm]
+            choices += [f'guest="{kind}"' for kind in able]
+        raise HostError(problem, f"use {' or '.join(choices)}; see `lab doctor`")

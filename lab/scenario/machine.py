@@ -6,21 +6,21 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lab.scenario.engines import DEFAULT_CHUNK_KIB, Sizes
+from lab.scenario.guests import GUEST_LIMITS
+from lab.scenario.guests import GuestKind as GuestKind
 from lab.scenario.require import require, require_bool, require_choice, require_int, require_strings
 
 Accel = Literal["tcg", "kvm", "auto"]
-GuestKind = Literal["linux", "micro"]
 RamKind = Literal["anon", "memfd", "memfd-private", "file", "file-private", "hugetlb"]
 Chipset = Literal["pc", "q35"]
 DiskKind = Literal["none", "ide", "virtio", "scsi"]
 DiskCache = Literal["writeback", "none"]
 DiskAio = Literal["threads", "native"]
 
-MIN_RAM_MIB: Mapping[str, int] = types.MappingProxyType({"linux": 128, "micro": 16})
-"""By guest.  Linux unpacks its initramfs in this much; less ends in a panic at boot."""
-
-RAM_RESERVE_MIB: Mapping[str, int] = types.MappingProxyType({"linux": 96, "micro": 8})
-"""By guest, what a working set can not have: the kernel, its page tables and the initramfs."""
+RAM_RESERVE_MIB: Mapping[GuestKind, int] = types.MappingProxyType(
+    {kind: limits.ram_reserve_mib for kind, limits in GUEST_LIMITS.items()}
+)
+"""By guest, what a working set can not have."""
 
 HUGE_PAGE_MIB = 2
 """What guest RAM of the kind `hugetlb` consists of."""
@@ -30,6 +30,9 @@ MAX_VCPUS = 255
 
 THREADED_DISKS: tuple[DiskKind, ...] = ("virtio", "scsi")
 """Disks that may be served in a thread of their own."""
+
+GUEST_DEVICES = ("disk", "net", "vnc", "balloon")
+"""Devices that the guest uses, for which it needs a driver."""
 
 BOOLEAN_DEVICES = (
     "disk_iothread",
@@ -190,7 +193,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         require_choice("guest", self.guest, GuestKind)
-        require_int("ram_mib", self.ram_mib, MIN_RAM_MIB[self.guest], 1024 * 1024)
+        require_int("ram_mib", self.ram_mib, GUEST_LIMITS[self.guest].min_ram_mib, 1024 * 1024)
         require_int("vcpus", self.vcpus, 1, MAX_VCPUS)
         require_choice("accel", self.accel, Accel)
         require_choice("ram_kind", self.ram_kind, RamKind)
@@ -224,12 +227,15 @@ class Machine:
         return self.sizes != Sizes()
 
     def _check_guest(self) -> None:
-        devices = {name: getattr(self, name) for name in ("disk", "net", "vnc", "balloon")}
-        used = [name for name, value in devices.items() if value not in ("none", False)]
+        limits = GUEST_LIMITS[self.guest]
+        devices = {name: getattr(self, name) for name in GUEST_DEVICES}
+        used = {name for name, value in devices.items() if value not in ("none", False)}
+        undriven = [name for name in devices if name in used - limits.drivers]
+        able = [kind for kind, other in GUEST_LIMITS.items() if used <= other.drivers]
         require(
-            self.guest == "linux" or not used,
-            f"the microguest has no driver for {', '.join(used)}",
-            "use guest linux, or leave devices unset",
+            not undriven,
+            f"the {limits.title} has no driver for {', '.join(undriven)}",
+            f"use guest {' or '.join(able)}, or leave devices unset",
         )
         require(
             self.balloon or not self.balloon_reporting,

@@ -1,16 +1,15 @@
 """One thing to measure: a machine, its workload, a method, its storage, its instruments."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from lab.scenario.guests import GUEST_LIMITS
 from lab.scenario.instruments import Instruments
-from lab.scenario.machine import RAM_RESERVE_MIB, Machine
+from lab.scenario.machine import Machine
 from lab.scenario.methods import METHODS, Method, Variant, method
 from lab.scenario.require import require
 from lab.scenario.storage import Storage
-from lab.scenario.workload import PAGE_KIB, Workload
-
-MICRO_TABLES_SHARE = 64
-"""A MiB of so much of the microguest's working set goes to page tables and versions, and more."""
+from lab.scenario.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,38 +54,40 @@ class Scenario:
 
 
 def check_fit(machine: Machine, workload: Workload) -> None:
-    """Raise `UsageError` unless the machine's guest can do this: the working set fits into its RAM,
-    and it is not the microguest that is asked for what that can not.
+    """Raise `UsageError` unless the machine's guest can do this: its limits permit the workload,
+    and the working set fits into its RAM.
     """
-    room_mib = machine.ram_mib - RAM_RESERVE_MIB[machine.guest]
-    if machine.guest == "micro":
-        room_mib -= -(-workload.wss_mib // MICRO_TABLES_SHARE)
-        _check_micro(machine, workload)
-    else:
-        require(
-            workload.page_kib == PAGE_KIB[0],
-            "the Linux guest maps its working set by pages of 4 KiB",
-            "leave page_kib unset, or use guest micro",
-        )
+    limits = GUEST_LIMITS[machine.guest]
     require(
-        # The working set of an idle microguest is there all the same.
-        (workload.kind == "idle" and machine.guest == "linux") or workload.wss_mib <= room_mib,
+        workload.kind not in limits.lacks,
+        f"the {limits.title} {limits.lacks.get(workload.kind)}",
+        "choose another workload, or guest "
+        + _or(kind for kind, other in GUEST_LIMITS.items() if workload.kind not in other.lacks),
+    )
+    require(
+        not limits.vcpu_per_writer or workload.kind == "idle" or workload.threads <= machine.vcpus,
+        f"{workload.threads} writers of the {limits.title} need as many vCPUs",
+        f"use vcpus={workload.threads} or more, or fewer threads",
+    )
+    require(
+        workload.page_kib in limits.page_kib,
+        f"the {limits.title} maps its working set by pages of {_or(limits.page_kib)} KiB",
+        "leave page_kib unset, or use guest "
+        + _or(kind for kind, other in GUEST_LIMITS.items() if workload.page_kib in other.page_kib),
+    )
+    room_mib = machine.ram_mib - limits.ram_reserve_mib
+    if limits.table_share is not None:
+        room_mib -= -(-workload.wss_mib // limits.table_share)
+    require(
+        (workload.kind == "idle" and not limits.idle_has_working_set)
+        or workload.wss_mib <= room_mib,
         f"a working set of {workload.wss_mib} MiB does not fit into {machine.ram_mib} MiB of RAM",
         f"use wss_mib={max(room_mib, 1)} or less, or more RAM",
     )
 
 
-def _check_micro(machine: Machine, workload: Workload) -> None:
-    require(
-        workload.kind != "allocate",
-        "the microguest has no kernel that it could give memory back to",
-        "choose another workload, or guest linux",
-    )
-    require(
-        workload.kind == "idle" or workload.threads <= machine.vcpus,
-        f"{workload.threads} writers of the microguest need as many vCPUs",
-        f"use vcpus={workload.threads} or more, or fewer threads",
-    )
+def _or(values: Iterable[object]) -> str:
+    return " or ".join(map(str, values))
 
 
 def check_storage(how: Method, storage: Storage) -> None:

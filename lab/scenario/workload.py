@@ -18,7 +18,7 @@ WorkloadKind = Literal[
 ]
 
 PAGE_KIB = (4, 2048)
-"""Sizes of the pages that the microguest can map its working set by."""
+"""Sizes of the pages that some guest can map its working set by."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from lab.scenario.instruments import Instruments
-from lab.scenario.machine import MIN_RAM_MIB, Machine
+from lab.scenario.guests import GUEST_LIMITS
+from lab.scenario.machine import Machine
 from lab.scenario.storage import Storage
 from lab.scenario.workload import Workload, WorkloadKind
 
@@ -27,7 +28,7 @@ machines = st.builds(
     balloon_reporting=st.booleans(),
     flash=st.booleans(),
     undriven=st.booleans(),
-    ram_mib=st.integers(MIN_RAM_MIB["linux"], 65536),
+    ram_mib=st.integers(GUEST_LIMITS["linux"].min_ram_mib, 65536),
     vcpus=st.integers(1, 8),
     accel=st.sampled_from(["tcg", "kvm"]),
     ram_kind=st.sampled_from(["anon", "memfd", "memfd-private", "file", "file-private"]),
