@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import TypeVar
 
 from lab.errors import QmpError
+from lab.guests.console import attached
 from lab.guests.linux.build import find_guest
 from lab.guests.micro import build as micro
 from lab.host.process import QUIT_GRACE_S, running
@@ -17,7 +18,6 @@ from lab.qemu.build import QemuBinary
 from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
 from lab.vm.commandline import Channels, check_host, qemu_command
-from lab.vm.console import attached
 from lab.vm.devices import DeviceFiles
 from lab.vm.loops import OwnTask
 from lab.vm.qmp import connected

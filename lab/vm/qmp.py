@@ -17,6 +17,7 @@ from typing import Any, cast
 from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate, StateError
 
 from lab.errors import QmpError
+from lab.journal import Journal
 
 _Json = Mapping[str, Any]
 
@@ -48,10 +49,13 @@ class Qmp:
 
     def __init__(self, client: QMPClient) -> None:
         self._client = client
-        self._changed = asyncio.Condition()
+        self._journal = Journal[Event]()
         self._lost = False
-        self.events: list[Event] = []
+
+    @property
+    def events(self) -> list[Event]:
         """Every event since the link was made, oldest first."""
+        return self._journal.entries
 
     @property
     def is_lost(self) -> bool:
@@ -130,25 +134,8 @@ class Qmp:
 
         :raise QmpError: when the link is lost first, or the time is over.
         """
-        checked = since
-
-        def find() -> Event | None:
-            nonlocal checked
-            while checked < len(self.events):
-                event = self.events[checked]
-                checked += 1
-                if wanted(event):
-                    return event
-            return None
-
         try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                while True:
-                    if (event := find()) is not None:
-                        return event
-                    if self._lost:
-                        raise QmpError("QEMU went away while an event was awaited")
-                    await self._changed.wait()
+            return await self._journal.first(wanted, since=since, timeout_s=timeout_s)
         except TimeoutError as error:
             raise QmpError(f"the awaited event did not come within {timeout_s:g} s") from error
 
@@ -162,16 +149,13 @@ class Qmp:
                 received_ns=time.monotonic_ns(),
             )
             log.debug("event %s %s", event.name, event.data)
-            async with self._changed:
-                self.events.append(event)
-                self._changed.notify_all()
+            self._journal.add(event)
 
     async def _watch_link(self) -> None:
         while self._client.runstate is Runstate.RUNNING:
             await self._client.runstate_changed()
-        async with self._changed:
-            self._lost = True
-            self._changed.notify_all()
+        self._lost = True
+        self._journal.fail(QmpError("QEMU went away while an event was awaited"))
 
 
 @contextlib.asynccontextmanager

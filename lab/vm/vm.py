@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from lab.display import html_row
 from lab.errors import GuestError, GuestSilentError, LabError, QmpError, SnapshotError, UsageError
+from lab.guests.console import Console
 from lab.guests.linux.build import Guest
 from lab.guests.micro import build as micro
 from lab.guests.micro import mailbox
@@ -16,7 +17,6 @@ from lab.host.process import QUIT_GRACE_S, Process
 from lab.qemu.build import QemuBinary
 from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
-from lab.vm.console import Console
 from lab.vm.devices import DeviceFiles
 from lab.vm.loops import OwnLoop, close_unawaited
 from lab.vm.memory import RamBlock, parse_ram_blocks

@@ -5,8 +5,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from lab.scenario.instruments import Instruments
 from lab.scenario.guests import GUEST_LIMITS
+from lab.scenario.instruments import Instruments
 from lab.scenario.machine import Machine
 from lab.scenario.storage import Storage
 from lab.scenario.workload import Workload, WorkloadKind

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from lab.errors import GuestError
+from lab.journal import Journal
 
 CONNECT_TIMEOUT_S = 30.0
 """QEMU's main thread answers, and a busy one may take its time."""
@@ -25,20 +26,27 @@ _UPDATE, _COLOURS, _BELL, _CUT_TEXT = range(4)
 class Viewer:
     """What has been seen of the screen so far.  Made by `viewing`.
 
-    `updates` are answers that QEMU gave, `pixels` what was in them.  The first shows all of the
-    screen, and a later one comes only when something has changed.
+    `updates` are answers that QEMU gave.  The first shows all of the screen, and a later one comes
+    only when something has changed.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self._changed = asyncio.Condition()
-        self._error: Exception | None = None
+        self._pixels_shown = Journal[int]()
         self._bytes_per_pixel = 4
         self.width = 0
         self.height = 0
-        self.updates = 0
-        self.pixels = 0
+
+    @property
+    def updates(self) -> int:
+        """Answers that QEMU gave."""
+        return len(self._pixels_shown.entries)
+
+    @property
+    def pixels(self) -> int:
+        """What was in them, all together."""
+        return sum(self._pixels_shown.entries)
 
     async def wait_updates(self, count: int, *, timeout_s: float) -> None:
         """Wait until there have been `count` updates.
@@ -46,11 +54,7 @@ class Viewer:
         :raise GuestError: when QEMU ends the connection first, or the time is over.
         """
         try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                while self.updates < count:
-                    if self._error is not None:
-                        raise GuestError(f"the screen's connection ended: {self._error!r}")
-                    await self._changed.wait()
+            await self._pixels_shown.first(lambda _: True, since=count - 1, timeout_s=timeout_s)
         except TimeoutError as error:
             raise GuestError(
                 f"{self.updates} updates of the screen in {timeout_s:g} s instead of {count}",
@@ -100,13 +104,11 @@ class Viewer:
                 elif kind != _BELL:
                     raise GuestError(f"QEMU sent message {kind}, which RFB does not know")
         except (OSError, EOFError, GuestError) as error:
-            async with self._changed:
-                self._error = error
-                self._changed.notify_all()
+            self._pixels_shown.fail(GuestError(f"the screen's connection ended: {error!r}"))
 
     async def _read_update(self) -> bool:
         """Read one update; return whether the screen has another size now."""
-        resized = False
+        resized, pixels = False, 0
         (rectangles,) = await self._take(">xH")
         for _ in range(rectangles):
             _, _, width, height, encoding = await self._take(">HHHHi")
@@ -114,12 +116,10 @@ class Viewer:
                 self.width, self.height, resized = width, height, True
             elif encoding == _RAW:
                 await self._reader.readexactly(width * height * self._bytes_per_pixel)
-                self.pixels += width * height
+                pixels += width * height
             else:
                 raise GuestError(f"QEMU sent encoding {encoding}, which was not asked for")
-        async with self._changed:
-            self.updates += 1
-            self._changed.notify_all()
+        self._pixels_shown.add(pixels)
         return resized
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 from lab.errors import GuestError, GuestSilentError
 from lab.guests.protocol import Record, parse_record
+from lab.journal import Journal
 
 MAX_TEXT_CHARS = 4 << 20
 """Text beyond this is dropped from the front: a guest in trouble can print for ever."""
@@ -17,15 +18,19 @@ class Console:
 
     def __init__(self, writer: asyncio.StreamWriter | None = None) -> None:
         self._writer = writer
-        self._changed = asyncio.Condition()
+        self._journal = Journal[Record]()
         self._closed = False
-        self._mangled: GuestError | None = None
         self._restarted = False
         self._partial = ""
         self._parts: list[str] = []
         self._chars = 0
-        self.records: list[Record] = []
+        self.since_boot = 0
+        """How many of the records are of boots that ended with a reset."""
+
+    @property
+    def records(self) -> list[Record]:
         """Every record since the console was attached, oldest first."""
+        return self._journal.entries
 
     @property
     def text(self) -> str:
@@ -52,7 +57,9 @@ class Console:
         Until the guest is ready again, or says why it is not, mangled records are skipped.
         """
         self._restarted = True
-        self._mangled = None
+        self.since_boot = len(self.records)
+        if not self._closed:
+            self._journal.problem = None
 
     async def wait_record(
         self, wanted: Callable[[Record], bool], *, since: int = 0, timeout_s: float
@@ -62,20 +69,8 @@ class Console:
         :raise GuestSilentError: when the time is over.
         :raise GuestError: when the guest printed a mangled record or closed the console first.
         """
-        checked = since
         try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                while True:
-                    while checked < len(self.records):
-                        record = self.records[checked]
-                        checked += 1
-                        if wanted(record):
-                            return record
-                    if self._mangled is not None:
-                        raise self._mangled
-                    if self._closed:
-                        raise GuestError("the guest's console closed", "see the console's text")
-                    await self._changed.wait()
+            return await self._journal.first(wanted, since=since, timeout_s=timeout_s)
         except TimeoutError as error:
             last = self.tail(1)
             raise GuestSilentError(
@@ -89,13 +84,11 @@ class Console:
             # A reset is QEMU dying; the end of the stream is the end either way.
             with contextlib.suppress(ConnectionError):
                 while data := await reader.read(65536):
-                    async with self._changed:
-                        self._take(data.decode("utf-8", "replace").replace("\r", ""))
-                        self._changed.notify_all()
+                    self._take(data.decode("utf-8", "replace").replace("\r", ""))
         finally:
-            async with self._changed:
-                self._closed = True
-                self._changed.notify_all()
+            self._closed = True
+            closed = GuestError("the guest's console closed", "see the console's text")
+            self._journal.fail(closed)
 
     def _take(self, text: str) -> None:
         self._parts.append(text)
@@ -109,10 +102,10 @@ class Console:
             except GuestError as error:
                 # Here nobody would see it; the next one who waits for a record does.
                 if not self._restarted:
-                    self._mangled = self._mangled or error
+                    self._journal.fail(error)
                 continue
             if record is not None:
-                self.records.append(record)
+                self._journal.add(record)
                 if record.kind in ("ready", "error"):
                     self._restarted = False
 

@@ -6,8 +6,8 @@ import socket
 import pytest
 
 from lab.errors import GuestError
+from lab.guests.console import attached
 from lab.guests.protocol import Record
-from lab.vm.console import attached
 
 BOUND_S = 60.0
 

@@ -1,0 +1,57 @@
+"""Things that come one after the other, kept in order, and awaited."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+_T = TypeVar("_T")
+
+
+class Journal(Generic[_T]):
+    """What came so far.  Not shared between threads.
+
+    `problem` is an error that ends every wait for what has not come: nothing more comes, or what
+    came is of no use.  It can be taken back.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[_T] = []
+        """Everything, oldest first."""
+        self.problem: Exception | None = None
+        self._changed = asyncio.Event()
+
+    def add(self, entry: _T) -> None:
+        """Add an entry, and wake those that wait."""
+        self.entries.append(entry)
+        self._wake()
+
+    def fail(self, problem: Exception) -> None:
+        """Have every wait end with `problem`, unless there is one that does already."""
+        self.problem = self.problem or problem
+        self._wake()
+
+    def _wake(self) -> None:
+        # A new one for those that come next; clearing this one would not wake those that wait.
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def first(self, wanted: Callable[[_T], bool], *, since: int = 0, timeout_s: float) -> _T:
+        """Return the first entry that `wanted` accepts among `entries[since:]`, present or to come.
+
+        Take `since = len(journal.entries)` before what causes the entry.
+
+        :raise TimeoutError: when the time is over.
+        :raise Exception: `problem`, when no entry that is there is wanted.
+        """
+        checked = since
+        async with asyncio.timeout(timeout_s):
+            while True:
+                changed = self._changed
+                while checked < len(self.entries):
+                    entry = self.entries[checked]
+                    checked += 1
+                    if wanted(entry):
+                        return entry
+                if self.problem is not None:
+                    raise self.problem
+                await changed.wait()
