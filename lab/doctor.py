@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lab.errors import HostError, LabError
-from lab.guests.linux.build import find_guest
+from lab.guests.registry import GUESTS
 from lab.host.cache import cache_dir
+from lab.host.debian import missing_packages
 from lab.host.info import cpu_governor, thp_settings
 from lab.host.ksm import KSM, ksm_runs, merges_everything
 from lab.host.limits import Limits, cpu_quota, memory_room, memory_rooms, process_limit
 from lab.host.needs import COMFORTABLE_KERNEL, huge_pages, require_setpriv, uffd_remedy
-from lab.host.packages import missing_packages
 from lab.host.probe import probe_uffd
 from lab.host.room import room_bytes
 from lab.host.running import running_qemus
 from lab.qemu.build import VARIANTS, find_qemu
-from lab.scenario.machine import HUGE_PAGE_MIB, GuestKind
+from lab.scenario.machine import HUGE_PAGE_MIB
 from lab.vm.accelerator import kvm_guest_problem
 
 Status = Literal["ok", "warn", "fail"]
@@ -228,11 +228,14 @@ def _check_built() -> list[Check]:
         except LabError as error:
             checks.append(Check(name=name, status="warn", detail=error.cause, remedy=error.remedy))
 
-    try:
-        guest = find_guest()
-        checks.append(Check(name="guest", status="ok", detail=f"Linux {guest.kernel_version}"))
-    except LabError as error:
-        checks.append(Check(name="guest", status="warn", detail=error.cause, remedy=error.remedy))
+    for guest in GUESTS.values():
+        name = guest.limits.title
+        try:
+            found = guest.find()
+            detail = f"{found.kernel_version}, {found.kernel_sha256[:16]}"
+            checks.append(Check(name=name, status="ok", detail=detail))
+        except LabError as error:
+            checks.append(Check(name=name, status="warn", detail=error.cause, remedy=error.remedy))
     return checks
 
 
@@ -270,11 +273,10 @@ def run_checks() -> list[Check]:
 async def kvm_checks() -> list[Check]:
     """Return what `lab doctor` says about KVM, by guest: each is booted, for a moment."""
     checks = []
-    guests: dict[GuestKind, str] = {"linux": "Linux guest", "micro": "microguest"}
-    for guest, called in guests.items():
-        name = f"kvm, {called}"
+    for kind, guest in GUESTS.items():
+        name = f"kvm, {guest.limits.title}"
         try:
-            problem = await kvm_guest_problem(guest)
+            problem = await kvm_guest_problem(kind)
         except HostError as error:
             checks.append(
                 Check(

@@ -47,8 +47,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 async def _build(args: argparse.Namespace) -> int:
-    from lab.guests.linux.build import ensure_guest
-    from lab.guests.micro.build import ensure_microguest
+    from lab.guests.registry import ensure_guests
     from lab.qemu.build import ensure_qemu
 
     if args.check_series:
@@ -59,8 +58,7 @@ async def _build(args: argparse.Namespace) -> int:
         return await _build_sanitized(args.sanitize)
     with ProgressLine() as progress:
         binaries = await ensure_qemu(progress, refresh_source=args.refresh_source)
-        await ensure_guest(progress)
-        await ensure_microguest(progress)
+        await ensure_guests(progress)
     if args.print_json:
         print(json.dumps({name: str(binary.path) for name, binary in sorted(binaries.items())}))
     else:

@@ -72,8 +72,7 @@ def register(subparsers: Subparsers) -> None:
 
 async def _reproduce(args: argparse.Namespace) -> int:
     from lab.cli.measure import print_table
-    from lab.guests.linux.build import ensure_guest
-    from lab.guests.micro.build import ensure_microguest
+    from lab.guests.registry import ensure_guests
     from lab.qemu.build import ensure_qemu
     from lab.scenario.plan import Plan
 
@@ -86,8 +85,7 @@ async def _reproduce(args: argparse.Namespace) -> int:
     )
     with ProgressLine() as line:
         await ensure_qemu(line)
-        await ensure_guest(line)
-        await ensure_microguest(line)
+        await ensure_guests(line)
     note = f"lab reproduce --profile {args.profile}"
     done = await _measured(plan, out, note)
     print_table(done)

@@ -25,6 +25,17 @@ def require_tools(names: Sequence[str]) -> None:
         raise HostError(f"missing programs: {' '.join(missing)}", "run `sh lab/bootstrap.sh`")
 
 
+def find_compiler(names: Sequence[str], remedy: str) -> str:
+    """Return the path of the first of these C compilers that is there.
+
+    :raise HostError: when none is.
+    """
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise HostError("no C compiler", remedy)
+
+
 def log_tail(log: Path, lines: int = 3) -> str:
     """The last lines of a log that are not empty, joined to one line."""
     try:

@@ -21,9 +21,10 @@ from typing import Any
 
 import lab
 from lab.errors import HostError, LabError, RunError, UsageError
+from lab.guests.registry import GUESTS
 from lab.host.needs import kvm_problem
 from lab.instruments.hugepages import require_rebuild
-from lab.measure.ground import GUEST_BINARY, Ground, survey
+from lab.measure.ground import Ground, survey
 from lab.measure.hostwarm import WarmMemory
 from lab.measure.sample import Sample, take_sample
 from lab.runs.columns import METRICS, SUMMARY_FIELDS
@@ -233,7 +234,7 @@ async def _one(
     variant = str(scenario.variant)
     binaries = {
         "qemu": dict(ground.binaries.get(variant, {})) | {"variant": variant},
-        "guest": dict(ground.binaries.get(GUEST_BINARY[scenario.machine.guest], {})),
+        "guest": dict(ground.binaries.get(GUESTS[scenario.machine.guest].recorded_as, {})),
     }
     record = RunRecord(
         schema=RUN_SCHEMA,

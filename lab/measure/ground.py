@@ -8,15 +8,10 @@ from typing import Any
 
 import msgspec
 
-from lab.guests.linux.build import find_guest
-from lab.guests.micro.build import find_microguest
+from lab.guests.registry import GUESTS
 from lab.host.info import HostInfo
 from lab.qemu.build import find_qemu
-from lab.scenario.machine import GuestKind
 from lab.scenario.plan import Plan
-
-# What a set calls the software of a guest.  There was no other than Linux at first.
-GUEST_BINARY: Mapping[GuestKind, str] = {"linux": "guest", "micro": "microguest"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +37,8 @@ def survey(plan: Plan, fallback: str = "") -> Ground:
         found = msgspec.to_builtins(find_qemu(variant), enc_hook=str)
         binaries[str(variant)] = {k: v for k, v in found.items() if k not in ("path", "variant")}
     for kind in plan.guests:
-        found = msgspec.to_builtins(
-            find_microguest() if kind == "micro" else find_guest(), enc_hook=str
-        )
-        # Where its files lie is this machine's business, too.
-        files = ("kernel", "initramfs", "rom")
-        binaries[GUEST_BINARY[kind]] = {k: v for k, v in found.items() if k not in files}
+        guest = GUESTS[kind]
+        binaries[guest.recorded_as] = guest.find().recorded()
     host = msgspec.to_builtins(HostInfo.collect())
     if fallback:
         host["accel_fallback"] = fallback

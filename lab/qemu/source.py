@@ -27,6 +27,7 @@ import msgspec
 
 from lab.errors import BuildError, HostError, LabError, TransientError, UsageError
 from lab.host.cache import cache_dir, locked
+from lab.host.debian import Apt
 from lab.host.files import sha256_of, write_atomically
 from lab.host.tools import require_tools, run_tool
 
@@ -35,10 +36,6 @@ Origin = Literal["local", "debian", "release"]
 
 _log = logging.getLogger(__name__)
 
-_KEYRINGS = (
-    Path("/usr/share/keyrings/debian-archive-keyring.gpg"),
-    Path("/usr/share/keyrings/debian-archive-keyring.pgp"),
-)
 _NETWORK_TIMEOUT_S = 30
 
 
@@ -155,26 +152,6 @@ def local_source() -> Source | None:
 # --- Debian's source package -----------------------------------------------------------------
 
 
-def main_archive_uris(indextargets: str) -> list[str]:
-    """The URIs of Debian's main archive in the output of ``apt-get indextargets``, best first.
-
-    The security archive and other distributions' have no source of the suite we want. Before the
-    first ``apt-get update`` apt does not know whose archive a URI is; those come last.
-    """
-    known: list[str] = []
-    unknown: list[str] = []
-    for paragraph in indextargets.split("\n\n"):
-        fields = dict(re.findall(r"^([A-Za-z-]+): (.*)$", paragraph, re.MULTILINE))
-        uri = fields.get("Repo-URI", "")
-        if not uri:
-            continue
-        if fields.get("Origin") == "Debian" and fields.get("Label") == "Debian":
-            known.append(uri)
-        elif "Origin" not in fields and "security" not in uri and "ubuntu" not in uri:
-            unknown.append(uri)
-    return list(dict.fromkeys([*known, *unknown]))
-
-
 def newest_version(versions: Iterable[str], upstream: Upstream) -> str | None:
     """The newest Debian version whose upstream part the patches are kept for, None if none is."""
 
@@ -185,54 +162,24 @@ def newest_version(versions: Iterable[str], upstream: Upstream) -> str | None:
     return max(fitting, key=order, default=None)
 
 
-def _apt_options(uri: str, suite: str) -> list[str]:
-    """Options that make apt use one source and folders of ours, as any user."""
-    keyring = next((path for path in _KEYRINGS if path.exists()), None)
-    if keyring is None:
-        raise HostError(
-            "the keys of Debian's archive are not installed", "install debian-archive-keyring"
-        )
-    folder = qemu_cache() / "apt"
-    for name in ("lists/partial", "cache/archives/partial"):
-        folder.joinpath(name).mkdir(parents=True, exist_ok=True)
-    listing = folder / "sources.list"
-    write_atomically(listing, f"deb-src [signed-by={keyring}] {uri} {suite} main\n".encode())
-    settings = {
-        "Dir::Etc::SourceList": listing,
-        "Dir::Etc::SourceParts": "/dev/null",
-        "Dir::State::Lists": folder / "lists",
-        "Dir::Cache": folder / "cache",
-        "Acquire::Languages": "none",
-        "Acquire::Retries": "3",
-        # As root apt would download as a user who may not write to a private cache.
-        "APT::Sandbox::User": "root",
-    }
-    return [part for key, value in settings.items() for part in ("-o", f"{key}={value}")]
-
-
 async def _from_debian(upstream: Upstream, log: Path, progress: Progress) -> Source:
     require_tools(["apt-get", "apt-cache", "dpkg-source"])
     package = upstream.debian_package
-    uris = main_archive_uris("\n".join(await run_tool(["apt-get", "indextargets"], log=log)))
+    system = Apt(log=log)
+    uris = await system.debian_archives()
     if not uris:
         raise HostError("apt is not set up with a Debian mirror")
-    version, options = None, list[str]()
+    version, apt = None, system
     failure: LabError = TransientError("no mirror answered")
     for uri in uris:
         progress("look up Debian's source of QEMU")
-        options = _apt_options(uri, upstream.debian_suite)
+        apt = system.with_debian_source(qemu_cache() / "apt", uri, upstream.debian_suite)
         try:
-            # By default apt calls a mirror that does not answer a warning.
-            strict = ["-o", "APT::Update::Error-Mode=any"]
-            await run_tool(["apt-get", *options, *strict, "update"], log=log)
-            lines = await run_tool(
-                ["apt-cache", *options, "showsrc", "--only-source", package], log=log
-            )
+            await apt.update()
+            version = newest_version(await apt.source_versions(package), upstream)
         except BuildError as error:
             failure = error
             continue
-        found = (line.removeprefix("Version:").strip() for line in lines if "Version:" in line[:8])
-        version = newest_version(found, upstream)
         if version is not None:
             break
         failure = HostError(f"Debian {upstream.debian_suite} has no {package} {upstream.series}.*")
@@ -241,9 +188,7 @@ async def _from_debian(upstream: Upstream, log: Path, progress: Progress) -> Sou
     identity = f"debian-{version.partition(':')[2] or version}"
     progress(f"download Debian's source of QEMU {version}")
     with tempfile.TemporaryDirectory(prefix="source-", dir=qemu_cache()) as folder:
-        command = ["apt-get", *options, "source", "--download-only", "--only-source"]
-        await run_tool([*command, f"{package}={version}"], log=log, cwd=Path(folder))
-        (dsc,) = Path(folder).glob("*.dsc")
+        dsc = await apt.download_source(package, version, Path(folder))
         match = re.search(r"\d+\.\d+\.\d+", version)
         assert match is not None
         return _keep(

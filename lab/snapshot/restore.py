@@ -12,6 +12,7 @@ from lab.scenario.machine import Accel
 from lab.scenario.methods import MAPPED_RAM, Variant, method
 from lab.snapshot.image import OpenImage, check_image, file_channel, open_image
 from lab.vm.accelerator import settled
+from lab.vm.commandline import Launch
 from lab.vm.launch import VMT, launched
 from lab.vm.qmp import COMMAND_TIMEOUT_S, Event
 from lab.vm.vm import RunningVM
@@ -77,16 +78,15 @@ async def _loaded(
     if check:
         await check_image(image)
     try:
-        starting = launched(
-            kind,
-            qemu,
-            choice.machine,
-            sidecar.workload,
+        launch = Launch(
+            binary=qemu,
+            machine=choice.machine,
+            workload=sidecar.workload,
             machine_type=sidecar.machine_type,
             incoming=True,
             paused=True,
         )
-        vm = await stack.enter_async_context(starting)
+        vm = await stack.enter_async_context(launched(kind, launch))
     except LaunchError as error:
         raise RestoreError(
             f"no QEMU for {name}, a {sidecar.machine_type}: {error.cause}",

@@ -11,10 +11,12 @@ import logging
 from dataclasses import dataclass
 
 from lab.errors import HostError, LabError
+from lab.guests.registry import GUESTS
 from lab.host.needs import kvm_problem
 from lab.qemu.build import find_qemu
 from lab.scenario.machine import GuestKind, Machine
 from lab.scenario.workload import Workload
+from lab.vm.commandline import Launch
 from lab.vm.launch import launched
 from lab.vm.vm import RunningVM
 
@@ -23,10 +25,6 @@ log = logging.getLogger(__name__)
 PROBE_TIMEOUT_S = 30.0
 """A guest that takes longer under KVM than this is better run under TCG."""
 
-_PROBES = {
-    "linux": Machine(ram_mib=192, accel="kvm"),
-    "micro": Machine(ram_mib=32, accel="kvm", guest="micro"),
-}
 _PROBE_WORKLOAD = Workload("sequential", wss_mib=8)
 
 # What was found out in this process, by guest: a guest that ran will run again.
@@ -66,9 +64,11 @@ async def accelerator_problem(machine: Machine) -> str:
 
 async def _probed(guest: GuestKind) -> str:
     # The unpatched one: whether KVM runs a guest has nothing to do with snapshots.
-    binary = find_qemu("unpatched")
+    launch = Launch(
+        binary=find_qemu("unpatched"), machine=GUESTS[guest].probe, workload=_PROBE_WORKLOAD
+    )
     try:
-        async with launched(RunningVM, binary, _PROBES[guest], _PROBE_WORKLOAD) as vm:
+        async with launched(RunningVM, launch) as vm:
             await vm.wait_ready(PROBE_TIMEOUT_S)
             page = await vm.progress_page()
             return f"a guest under KVM found {page.page_errors} damaged pages" * bool(

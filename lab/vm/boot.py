@@ -9,6 +9,7 @@ from lab.scenario.methods import Variant
 from lab.scenario.scenario import check_fit
 from lab.scenario.workload import Workload
 from lab.vm.accelerator import settled
+from lab.vm.commandline import Launch
 from lab.vm.launch import VMT, launched
 
 
@@ -27,7 +28,8 @@ async def booted(
     """
     check_fit(machine, workload)
     choice = await settled(machine)
-    async with launched(kind, find_qemu(binary), choice.machine, workload) as vm:
+    launch = Launch(binary=find_qemu(binary), machine=choice.machine, workload=workload)
+    async with launched(kind, launch) as vm:
         vm.fallback = choice.fallback
         await vm.find_machine_type()
         await vm.wait_ready(timeout_s)

@@ -2,12 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from lab.errors import UsageError
-from lab.guests.linux.build import Guest
-from lab.guests.micro import build as micro
-from lab.guests.protocol import kernel_command_line
+from lab.guests.guest import BuiltGuest
 from lab.host.limits import (
     QEMU_DESCRIPTORS,
     QEMU_DISK_THREADS,
@@ -17,6 +14,7 @@ from lab.host.limits import (
     require_threads,
 )
 from lab.host.needs import require_kvm
+from lab.qemu.build import QemuBinary
 from lab.scenario.machine import Machine
 from lab.scenario.methods import Variant
 from lab.scenario.workload import Workload
@@ -36,34 +34,37 @@ class Channels:
     serial: int
 
 
-def qemu_command(
-    binary: Path,
-    machine: Machine,
-    workload: Workload,
-    guest: Guest | micro.Microguest,
-    channels: Channels,
-    files: DeviceFiles,
-    *,
-    name: str,
-    machine_type: str = "",
-    incoming: bool = False,
-    paused: bool = False,
-) -> list[str]:
-    """Return the argument vector.
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What a QEMU is started for.
 
     :param machine_type: the versioned type an image was taken on, for a restore; QEMU refuses a
         stream of another one.  Empty for the newest of the machine's chipset.
     :param incoming: wait for `migrate-incoming` instead of booting.
     :param paused: do not run the vCPUs until told to.
     """
+
+    binary: QemuBinary
+    machine: Machine
+    workload: Workload
+    machine_type: str = ""
+    incoming: bool = False
+    paused: bool = False
+
+
+def qemu_command(
+    launch: Launch, guest: BuiltGuest, channels: Channels, files: DeviceFiles, *, name: str
+) -> list[str]:
+    """Return the argument vector."""
+    machine = launch.machine
     # Without the multi-threaded generator several vCPUs would take turns in one thread.
     threads = ",thread=multi" if machine.accel == "tcg" and machine.vcpus > 1 else ""
     # Threads carry names, so that the time of each can be told; it costs them a system call each.
-    command = [str(binary), "-name", f"{name},debug-threads=on"]
+    command = [str(launch.binary.path), "-name", f"{name},debug-threads=on"]
     # Nothing in the machine that the scenario does not name, and nothing from the user's files.
     command += ["-nodefaults", "-no-user-config", "-display", "none"]
     command += ["-sandbox", SANDBOX]
-    board = (machine_type or machine.chipset) + machine_option(machine)
+    board = (launch.machine_type or machine.chipset) + machine_option(machine)
     command += ["-M", board, "-accel", machine.accel + threads]
     command += [*ram_arguments(machine), "-smp", str(machine.vcpus)]
     # With the guest's panic=-1 a panic ends QEMU instead of booting again without end.  VM.reset()
@@ -71,18 +72,12 @@ def qemu_command(
     command += ["-no-reboot"]
     command += ["-chardev", f"socket,id=qmp,fd={channels.qmp}", "-mon", "chardev=qmp,mode=control"]
     command += ["-chardev", f"socket,id=serial,fd={channels.serial}", "-serial", "chardev:serial"]
-    if isinstance(guest, Guest):
-        command += ["-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)]
-        command += ["-append", _append(machine, workload)]
-    else:
-        command += ["-cpu", micro.CPU_MODEL]
-        # In flash otherwise.
-        command += [] if machine.flash else ["-bios", str(files.rom)]
+    command += guest.arguments(machine, launch.workload, files.firmware)
     command += device_arguments(machine, files)
     command += _engine_sizes(machine)
     # `defer`: the stream is named over QMP, so that its errors come back as QMP errors.
-    command += ["-incoming", "defer"] if incoming else []
-    command += ["-S"] if paused else []
+    command += ["-incoming", "defer"] if launch.incoming else []
+    command += ["-S"] if launch.paused else []
     return command + list(machine.extra_args)
 
 
@@ -94,21 +89,6 @@ def _engine_sizes(machine: Machine) -> list[str]:
         *("-global", f"migration.x-snapshot-fault-around={machine.fault_around_pages}"),
         *("-global", f"migration.x-snapshot-chunk-size={machine.chunk_kib << 10}"),
     ]
-
-
-def _append(machine: Machine, workload: Workload) -> str:
-    return kernel_command_line(
-        kind=workload.kind,
-        wss_mib=workload.wss_mib,
-        threads=workload.threads,
-        seed=workload.seed,
-        time_writes=workload.time_writes,
-        rate_ops_per_s=workload.rate_ops_per_s,
-        disk=machine.disk,
-        net=machine.net,
-        display=machine.vnc,
-        balloon=machine.balloon,
-    )
 
 
 def check_host(machine: Machine, variant: Variant = "patched") -> None:

@@ -33,11 +33,6 @@ class DeviceFiles:
     folder: Path
 
     @property
-    def rom(self) -> Path:
-        """The ROM that the microguest boots from."""
-        return self.folder / "rom"
-
-    @property
     def disk(self) -> Path:
         """The scratch disk, raw."""
         return self.folder / "disk"
@@ -49,8 +44,8 @@ class DeviceFiles:
 
     @property
     def firmware(self) -> Path:
-        """The flash that the machine boots from."""
-        return self.rom if self.rom.exists() else self.folder / "firmware"
+        """What the machine boots from, where that is not what QEMU has."""
+        return self.folder / "firmware"
 
     @property
     def flash(self) -> Path:
@@ -63,7 +58,7 @@ class DeviceFiles:
         return self.folder / "flash-port"
 
     def create(self, machine: Machine) -> None:
-        """Create what QEMU does not create itself; the microguest's ROM is there before.
+        """Create what QEMU does not create itself; a guest that is firmware is there before.
 
         :raise HostError: when the firmware is nowhere that QEMU looks for it, or the path of a
             socket is longer than such a path can be.
@@ -80,7 +75,7 @@ class DeviceFiles:
             with self.disk.open("xb") as file:
                 file.truncate(DISK_MIB << 20)
         if machine.flash:
-            if not self.rom.exists():
+            if not self.firmware.exists():
                 self.firmware.write_bytes(find_firmware().read_bytes())
             self.flash.write_bytes(b"\xff" * FLASH_BYTES)
 

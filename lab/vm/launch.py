@@ -9,15 +9,11 @@ from typing import TypeVar
 
 from lab.errors import QmpError
 from lab.guests.console import attached
-from lab.guests.linux.build import find_guest
-from lab.guests.micro import build as micro
+from lab.guests.registry import GUESTS
 from lab.host.process import QUIT_GRACE_S, running
 from lab.host.running import NAME_PREFIX
 from lab.host.workdir import private_folder
-from lab.qemu.build import QemuBinary
-from lab.scenario.machine import Machine
-from lab.scenario.workload import Workload
-from lab.vm.commandline import Channels, check_host, qemu_command
+from lab.vm.commandline import Channels, Launch, check_host, qemu_command
 from lab.vm.devices import DeviceFiles
 from lab.vm.loops import OwnTask
 from lab.vm.qmp import connected
@@ -35,50 +31,20 @@ async def _heartbeat() -> None:
         await asyncio.sleep(HEARTBEAT_S)
 
 
-def launched(
-    kind: type[VMT],
-    binary: QemuBinary,
-    machine: Machine,
-    workload: Workload,
-    *,
-    machine_type: str = "",
-    incoming: bool = False,
-    paused: bool = False,
-) -> OwnTask[VMT]:
+def launched(kind: type[VMT], launch: Launch) -> OwnTask[VMT]:
     """Start a QEMU and connect to it; see `OwnTask` for whose it is.
 
     :param kind: the class of what is connected to it.
     :raise LaunchError: when it dies first.
     """
-    started = _started(
-        kind,
-        binary,
-        machine,
-        workload,
-        machine_type=machine_type,
-        incoming=incoming,
-        paused=paused,
-    )
-    return OwnTask(started, "guest", lambda vm: vm.process.kill())
+    return OwnTask(_started(kind, launch), "guest", lambda vm: vm.process.kill())
 
 
 @contextlib.asynccontextmanager
-async def _started(
-    kind: type[VMT],
-    binary: QemuBinary,
-    machine: Machine,
-    workload: Workload,
-    *,
-    machine_type: str = "",
-    incoming: bool = False,
-    paused: bool = False,
-) -> AsyncIterator[VMT]:
-    """Start a QEMU and connect to it.
-
-    :raise LaunchError: when it dies first.
-    """
-    guest = micro.find_microguest() if machine.guest == "micro" else find_guest()
-    await asyncio.to_thread(check_host, machine, binary.variant)
+async def _started(kind: type[VMT], launch: Launch) -> AsyncIterator[VMT]:
+    machine = launch.machine
+    guest = GUESTS[machine.guest].find()
+    await asyncio.to_thread(check_host, machine, launch.binary.variant)
     name = f"{NAME_PREFIX}{uuid.uuid4()}"
     qmp_socket, qmp_child = socket.socketpair()
     serial_socket, serial_child = socket.socketpair()
@@ -86,21 +52,10 @@ async def _started(
         for sock in (qmp_socket, serial_socket, qmp_child, serial_child):
             stack.callback(sock.close)
         files = DeviceFiles(stack.enter_context(private_folder("lab-devices-")))
-        if isinstance(guest, micro.Microguest):
-            files.rom.write_bytes(micro.rom_for(guest.rom.read_bytes(), machine, workload))
+        guest.write_firmware(files.firmware, machine, launch.workload)
         files.create(machine)
-        command = qemu_command(
-            binary.path,
-            machine,
-            workload,
-            guest,
-            Channels(qmp=qmp_child.fileno(), serial=serial_child.fileno()),
-            files,
-            name=name,
-            machine_type=machine_type,
-            incoming=incoming,
-            paused=paused,
-        )
+        channels = Channels(qmp=qmp_child.fileno(), serial=serial_child.fileno())
+        command = qemu_command(launch, guest, channels, files, name=name)
         process = await stack.enter_async_context(
             running(command, pass_sockets=(qmp_child, serial_child), thp=machine.thp)
         )
@@ -112,16 +67,6 @@ async def _started(
         except QmpError as error:
             await process.wait(QUIT_GRACE_S)
             raise process.died("starting") from error
-        vm = kind(
-            process=process,
-            qmp=qmp,
-            console=console,
-            machine=machine,
-            workload=workload,
-            binary=binary,
-            guest=guest,
-            files=files,
-            name=name,
-        )
+        vm = kind(launch, process=process, qmp=qmp, console=console, guest=guest, files=files)
         stack.push_async_callback(vm._quit)
         yield vm

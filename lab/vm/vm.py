@@ -8,15 +8,11 @@ from typing import Any, TypeVar
 from lab.display import html_row
 from lab.errors import GuestError, GuestSilentError, LabError, QmpError, SnapshotError, UsageError
 from lab.guests.console import Console
-from lab.guests.linux.build import Guest
-from lab.guests.micro import build as micro
-from lab.guests.micro import mailbox
-from lab.guests.protocol import PAGE_BYTES, ProgressPage, ReadyRecord, Record
+from lab.guests.guest import BuiltGuest
+from lab.guests.protocol import PAGE_BYTES, ProgressPage, ReadyRecord
 from lab.host.memory import read_process
 from lab.host.process import QUIT_GRACE_S, Process
-from lab.qemu.build import QemuBinary
-from lab.scenario.machine import Machine
-from lab.scenario.workload import Workload
+from lab.vm.commandline import Launch
 from lab.vm.devices import DeviceFiles
 from lab.vm.loops import OwnLoop, close_unawaited
 from lab.vm.memory import RamBlock, parse_ram_blocks
@@ -33,33 +29,28 @@ class RunningVM:
 
     def __init__(
         self,
+        launch: Launch,
         *,
         process: Process,
         qmp: Qmp,
         console: Console,
-        machine: Machine,
-        workload: Workload,
-        binary: QemuBinary,
-        guest: Guest | micro.Microguest,
+        guest: BuiltGuest,
         files: DeviceFiles,
-        name: str,
     ) -> None:
         self.process = process
         self.qmp = qmp
         self.console = console
-        self.machine = machine
-        self.workload = workload
-        self.binary = binary
+        self.machine = launch.machine
+        self.workload = launch.workload
+        self.binary = launch.binary
         self.guest = guest
         self.files = files
         """Where the files of the devices are: the disk, the socket of VNC."""
-        self.name = name
         self.machine_type = ""
         """The versioned name of the machine type, such as pc-i440fx-10.0."""
         self.fallback = ""
         """Why accelerator "auto" is not KVM; empty when it is, or was not asked for."""
         self._ready: ReadyRecord | None = None
-        self._records_before_boot = 0
         self._nonce_before_boot: int | None = None
         self._busy_with: str | None = None
         self._loop = OwnLoop()
@@ -184,7 +175,6 @@ class RunningVM:
         self._check_loop()
         self._nonce_before_boot = None if self._ready is None else self._ready.nonce
         self._ready = None
-        self._records_before_boot = len(self.console.records)
         self.console.restarted()
         since = len(self.qmp.events)
         await self._permit_reboot(True)
@@ -212,24 +202,11 @@ class RunningVM:
         if self._ready is not None:
             return
         try:
-            self._ready = await self._wait_writers(timeout_s)
+            self._ready = await self.guest.wait_ready(self, self._nonce_before_boot, timeout_s)
         except GuestSilentError as error:
             where = await self._vcpu_places()
             raise GuestSilentError(f"{error.cause} ({where})", error.remedy) from error
         await self._permit_reboot(False)
-
-    async def _wait_writers(self, timeout_s: float) -> ReadyRecord:
-        if self.machine.guest == "micro":
-            return await mailbox.wait_running(self, self._nonce_before_boot, timeout_s)
-        record = await self.watched(
-            self.console.wait_record(
-                _is_verdict, since=self._records_before_boot, timeout_s=timeout_s
-            ),
-            "the guest booted",
-        )
-        if record.kind == "error":
-            raise guest_refusal(record)
-        return ReadyRecord.from_record(record)
 
     async def verify_working_set(self) -> int:
         """Have the guest compare every word of its working set, and return how many of its pages
@@ -237,19 +214,7 @@ class RunningVM:
 
         :raise GuestSilentError: when the guest does not answer.
         """
-        if self.machine.guest == "micro":
-            return await mailbox.count_bad_pages(self)
-        since = len(self.console.records)
-        await self.console.type("verify")
-        record = await self.watched(
-            self.console.wait_record(
-                lambda record: record.kind == "verify",
-                since=since,
-                timeout_s=mailbox.VERIFY_TIMEOUT_S,
-            ),
-            "its guest verified its pages",
-        )
-        return int(record.fields["bad"])
+        return await self.guest.count_bad_pages(self)
 
     async def _vcpu_places(self) -> str:
         """Say where each vCPU is, for a guest that nobody can ask."""
@@ -328,16 +293,6 @@ class RunningVM:
             with contextlib.suppress(QmpError):
                 await self.qmp.execute("quit", timeout_s=QUIT_GRACE_S)
             await self.process.wait(QUIT_GRACE_S)
-
-
-def _is_verdict(record: Record) -> bool:
-    return record.kind in ("ready", "error")
-
-
-def guest_refusal(record: Record) -> GuestError:
-    """Return the error for a guest that says it can not run the workload."""
-    details = " ".join(f"{key}={value}" for key, value in record.fields.items())
-    return GuestError(f"the guest refused the workload: {details}", "change the workload or RAM")
 
 
 _VCPU = re.compile(

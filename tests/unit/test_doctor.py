@@ -9,9 +9,9 @@ from lab.cli.doctor import table
 from lab.doctor import Check, _check_kernel, _check_ksm, kernel_version, run_checks
 from lab.errors import HostError
 from lab.host import needs
+from lab.host.debian import debian_packages
 from lab.host.info import HostInfo, selected
 from lab.host.needs import available_memory_mib, require_memory, require_uffd
-from lab.host.packages import debian_packages
 from lab.host.probe import UFFD_FEATURES, UffdProbe, feature_names, probe_uffd
 from lab.host.running import is_lab_command
 

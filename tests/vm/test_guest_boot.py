@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lab.guests.linux.build import ensure_guest
+from lab.guests.linux.guest import LinuxGuest
 from lab.guests.protocol import (
     PAGE_BYTES,
     PAGE_MAGIC,
@@ -126,7 +126,7 @@ async def booted(
     extra: Sequence[str] = (),
     append: str | None = None,
 ) -> AsyncIterator[Guest]:
-    files = await ensure_guest()
+    files = await LinuxGuest().ensure()
     line = append or kernel_command_line(kind=kind, wss_mib=wss_mib, threads=threads, seed=11)
     monitor = f"unix:{folder / 'monitor'},server=on,wait=off"
     process = await asyncio.create_subprocess_exec(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.guests.linux.build import find_guest
+from lab.guests.linux.guest import LinuxGuest
 from lab.guests.protocol import PROGRESS_OPS, ReadyRecord, kernel_command_line, parse_record
 from lab.host.process import wrapped
 from lab.qemu.build import find_qemu
@@ -88,7 +88,7 @@ class Monitor:
 
 
 def command_line(folder: Path, ram_mib: int, serial: Path) -> list[str]:
-    guest = find_guest()
+    guest = LinuxGuest().find()
     return [
         str(find_qemu("patched").path),
         *("-machine", "pc-i440fx-2.5,accel=tcg,usb=off"),

@@ -14,6 +14,7 @@ from lab.host.workdir import private_folder
 from lab.qemu.build import find_qemu
 from lab.scenario.methods import METHODS, Variant
 from lab.session import VM
+from lab.vm.commandline import Launch
 from lab.vm.launch import launched
 from tests.support.bench import begin, ended, until, until_status, works_on
 from tests.support.door import Door, door, door_arguments, single_step
@@ -278,10 +279,14 @@ async def test_a_state_that_only_kvm_gets_into_is_kept_as_well(
 async def test_a_guest_that_has_not_been_restored_yet_is_not_snapshotted(
     folder: Path, tmp_path: Path
 ) -> None:
-    waiting = launched(
-        VM, find_qemu("patched"), machine_with_door(folder), WORKLOAD, incoming=True, paused=True
+    launch = Launch(
+        binary=find_qemu("patched"),
+        machine=machine_with_door(folder),
+        workload=WORKLOAD,
+        incoming=True,
+        paused=True,
     )
-    async with waiting as vm:
+    async with launched(VM, launch) as vm:
         assert await vm.status() == "inmigrate"
         for method in LIVE:
             with pytest.raises(SnapshotError, match="waiting for an incoming migration"):

@@ -8,22 +8,15 @@ is a hash of everything the bytes depend on.
 import secrets
 import struct
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from lab.errors import BuildError, GuestError, HostError
+from lab.errors import BuildError, GuestError
 from lab.guests import common
 from lab.guests.protocol import KINDS, ProgressPage, ReadyRecord
-from lab.host.cache import cache_dir
-from lab.host.files import content_key, sha256_of
+from lab.host.files import content_key
 from lab.host.tools import run_tool
 from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
-
-__all__ = ["Microguest", "ensure_microguest", "find_microguest", "rom_for"]
-
-Progress = Callable[[str], None]
 
 _FOLDER = Path(__file__).parent
 _SOURCES = [_FOLDER / name for name in ("boot.S", "main.c", "layout.ld.S")]
@@ -56,65 +49,21 @@ REFUSALS = {
     4: "a vCPU does not start",
 }
 
-CPU_MODEL = "qemu64,-pni"
-"""PVM's KVM refuses a model with more; the guest has no use for more under any accelerator."""
 
-
-@dataclass(frozen=True)
-class Microguest:
-    """A ROM that QEMU can boot with `-bios`, once `rom_for` has written parameters into it.
-
-    :param rom: the file, without parameters.
-    :param kernel_version: what stands for it where the Linux guest has its kernel's version.
-    :param kernel_sha256: hash of the ROM, which is all the software that the guest has.
-    """
-
-    rom: Path
-    kernel_version: str
-    kernel_sha256: str
-
-
-def find_microguest() -> Microguest:
-    """Return the microguest that is in the cache, without compiling anything.
-
-    :raises HostError: it is not built, or was built from other sources.
-    """
-    path = _rom_path()
-    if not path.is_file():
-        raise HostError("the microguest is not built", "run `lab build`")
-    return _microguest(path)
-
-
-async def ensure_microguest(progress: Progress | None = None) -> Microguest:
-    """Return the microguest, after compiling it if it is not in the cache.
-
-    :param progress: called with a line before what takes time.
-    :raises HostError: no compiler.
-    :raises BuildError: it does not compile.
-    """
-    path = _rom_path()
-    if not path.is_file():
-        if progress is not None:
-            progress("guest: compiling the microguest")
-        await _build(path)
-    return _microguest(path)
-
-
-def _microguest(path: Path) -> Microguest:
-    return Microguest(rom=path, kernel_version="microguest", kernel_sha256=sha256_of(path))
-
-
-def _rom_path() -> Path:
+def rom_path() -> Path:
+    """Return where the ROM is kept that today's sources give."""
     flags = " ".join((*_CFLAGS, *_LDFLAGS)).encode()
     key = content_key(flags, *(path.read_bytes() for path in (*_SOURCES, *_HEADERS)))
-    folder = cache_dir() / "guest"
-    folder.mkdir(exist_ok=True)
-    return folder / f"microguest-{key}.rom"
+    return common.cache_folder() / f"microguest-{key}.rom"
 
 
-async def _build(target: Path) -> None:
+async def compile_rom(target: Path) -> None:
+    """Compile the ROM; the file appears complete or not at all.
+
+    :raise HostError: no compiler.
+    :raise BuildError: it does not compile.
+    """
     boot, main, layout = _SOURCES
-    log = target.with_name("microguest.log")
     with tempfile.TemporaryDirectory(prefix=".microguest-", dir=target.parent) as temporary:
         work = Path(temporary)
         for command in (
@@ -125,7 +74,7 @@ async def _build(target: Path) -> None:
             ("ld", *_LDFLAGS, "-T", "layout.ld", "-o", "elf", "boot.o", "main.o"),
             ("objcopy", "-O", "binary", "--gap-fill", "0", "elf", "rom"),
         ):
-            await run_tool(command, log=log, cwd=work)
+            await run_tool(command, log=common.build_log(), cwd=work)
         size = (work / "rom").stat().st_size
         if size != ROM_BYTES:
             raise BuildError(f"the microguest's ROM has {size} bytes instead of {ROM_BYTES}")

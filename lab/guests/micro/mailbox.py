@@ -10,15 +10,13 @@ import asyncio
 import struct
 
 from lab.errors import GuestError, GuestSilentError
-from lab.guests.guest import Running
+from lab.guests.guest import VERIFY_TIMEOUT_S, Running
 from lab.guests.micro.build import PROGRESS_ADDRESS, REFUSALS, ready_record
 from lab.guests.protocol import PAGE_BYTES, PROGRESS_REQUEST, ProgressPage, ReadyRecord
 from lab.host.memory import write_process
 
 POLL_S = 0.002
 """A guest boots in so few milliseconds that it is worth looking often."""
-
-VERIFY_TIMEOUT_S = 120.0
 
 
 async def _page(vm: Running) -> ProgressPage | None:

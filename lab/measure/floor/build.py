@@ -8,20 +8,18 @@ What is in the cache::
 A program appears under its final name complete or not at all.
 """
 
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.errors import HostError
 from lab.host.cache import cache_dir
 from lab.host.files import content_key, sha256_of
-from lab.host.tools import run_tool
+from lab.host.tools import find_compiler, run_tool
 
 SOURCE = Path(__file__).with_name("floor.c")
 #: The tests add -Werror: a compiler that is newer than this lab may warn about more.
 CFLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra", "-pthread")
-_COMPILERS = ("cc", "gcc", "clang")
+COMPILERS = ("cc", "gcc", "clang")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +39,7 @@ async def ensure_program() -> Program:
     :raise HostError: no C compiler.
     :raise BuildError: the compilation failed.
     """
-    compiler = find_compiler()
+    compiler = find_compiler(COMPILERS, "install gcc and libc6-dev")
     folder = cache_dir() / "floor"
     folder.mkdir(exist_ok=True)
     log = folder / "build.log"
@@ -61,14 +59,3 @@ async def ensure_program() -> Program:
         compiler=version,
         flags=flags,
     )
-
-
-def find_compiler() -> str:
-    """Return the path of the first C compiler that is there.
-
-    :raise HostError: when there is none.
-    """
-    for name in _COMPILERS:
-        if path := shutil.which(name):
-            return path
-    raise HostError("no C compiler for the floor's program", "install gcc and libc6-dev")

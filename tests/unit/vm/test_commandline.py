@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 
 from lab.errors import HostError, UsageError
-from lab.guests.linux.build import Guest
+from lab.guests.linux.guest import BuiltLinux
 from lab.host import needs
 from lab.host.limits import Room
+from lab.qemu.build import QemuBinary
 from lab.scenario.machine import Machine, RamKind
 from lab.scenario.workload import Workload
 from lab.vm import ram
-from lab.vm.commandline import Channels, check_host, qemu_command
+from lab.vm.commandline import Channels, Launch, check_host, qemu_command
 from lab.vm.devices import DeviceFiles
 
-GUEST = Guest(
+GUEST = BuiltLinux(
     kernel=Path("/k"),
     initramfs=Path("/i"),
     kernel_version="6",
@@ -24,25 +25,35 @@ GUEST = Guest(
 )
 
 
-def command_for(machine: Machine, *, incoming: bool = False, paused: bool = False) -> list[str]:
-    return qemu_command(
-        Path("/qemu"),
-        machine,
-        Workload("random", wss_mib=64),
-        GUEST,
-        Channels(qmp=5, serial=6),
-        DeviceFiles(Path("/files")),
-        name="lab-x",
-        machine_type="pc-i440fx-10.0",
-        incoming=incoming,
-        paused=paused,
+BINARY = QemuBinary(
+    path=Path("/qemu"),
+    variant="patched",
+    version="10",
+    build_id="x",
+    series_sha256=None,
+    sha256="0" * 64,
+)
+
+
+def command_for(
+    machine: Machine, machine_type: str = "pc-i440fx-10.0", *, restored: bool = False
+) -> list[str]:
+    launch = Launch(
+        binary=BINARY,
+        machine=machine,
+        workload=Workload("random", wss_mib=64),
+        machine_type=machine_type,
+        incoming=restored,
+        paused=restored,
     )
+    files = DeviceFiles(Path("/files"))
+    return qemu_command(launch, GUEST, Channels(qmp=5, serial=6), files, name="lab-x")
 
 
 def test_a_restore_differs_from_a_boot_only_in_where_it_starts() -> None:
     machine = Machine(ram_mib=512, vcpus=2, extra_args=("-device", "virtio-rng-pci"))
     booted = command_for(machine)
-    restored = command_for(machine, incoming=True, paused=True)
+    restored = command_for(machine, restored=True)
     assert [arg for arg in restored if arg not in ("-incoming", "defer", "-S")] == booted
     assert booted[-2:] == ["-device", "virtio-rng-pci"]
 
@@ -57,11 +68,9 @@ def option(command: list[str], name: str) -> str:
 
 
 def test_the_chipset_is_the_machine_type_unless_a_version_is_asked_for() -> None:
-    arguments = (Path("/qemu"), Machine(chipset="q35"), Workload("idle"), GUEST)
-    rest = (Channels(qmp=5, serial=6), DeviceFiles(Path("/files")))
-    assert option(qemu_command(*arguments, *rest, name="x"), "-M").startswith("q35,")
-    old = qemu_command(*arguments, *rest, name="x", machine_type="pc-q35-9.0")
-    assert option(old, "-M").startswith("pc-q35-9.0,")
+    machine = Machine(chipset="q35")
+    assert option(command_for(machine, ""), "-M").startswith("q35,")
+    assert option(command_for(machine, "pc-q35-9.0"), "-M").startswith("pc-q35-9.0,")
 
 
 def test_anonymous_ram_is_qemus_own() -> None:

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from lab.errors import BuildError, GuestError, HostError, UsageError
 from lab.guests import protocol
-from lab.guests.linux import build
+from lab.guests.linux import initramfs
 from lab.guests.micro import build as micro
+from lab.guests.micro.guest import Microguest
 from lab.scenario.machine import Accel, Machine
 from lab.scenario.scenario import check_fit
 from lab.scenario.workload import Workload, WorkloadKind
 
+GUEST = Microguest()
 FOLDER = Path(micro.__file__).parent
 
 needs_compiler = pytest.mark.skipif(
@@ -38,7 +40,7 @@ def defined(header: str) -> dict[str, int]:
 
 def test_a_microguest_that_is_not_built_names_the_remedy() -> None:
     with pytest.raises(HostError) as caught:
-        micro.find_microguest()
+        GUEST.find()
     assert "lab build" in caught.value.remedy
 
 
@@ -47,12 +49,12 @@ async def test_a_second_build_finds_the_first_and_another_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    first = await micro.ensure_microguest(said.append)
+    first = await GUEST.ensure(said.append)
     assert said == ["guest: compiling the microguest"]
-    assert await micro.ensure_microguest(said.append) == first == micro.find_microguest()
+    assert await GUEST.ensure(said.append) == first == GUEST.find()
     assert len(said) == 1
     monkeypatch.setenv("LAB_CACHE", str(tmp_path / "another"))
-    second = await micro.ensure_microguest()
+    second = await GUEST.ensure()
     assert second.rom != first.rom
     assert second.kernel_sha256 == first.kernel_sha256
 
@@ -63,14 +65,14 @@ async def test_what_does_not_compile_leaves_no_rom_and_names_the_log(
 ) -> None:
     monkeypatch.setattr(micro, "_CFLAGS", (*micro._CFLAGS, "-fno-such-flag"))
     with pytest.raises(BuildError, match="gcc failed") as caught:
-        await micro.ensure_microguest()
+        await GUEST.ensure()
     assert "log" in caught.value.remedy
     assert not list(cache.glob("*.rom"))
 
 
 @needs_compiler
 async def test_the_rom_begins_where_a_processor_does(cache: Path) -> None:
-    rom = (await micro.ensure_microguest()).rom.read_bytes()
+    rom = (await GUEST.ensure()).rom.read_bytes()
     assert len(rom) == micro.ROM_BYTES
     # A far jump out of the last 16 bytes, into the segment in which the ROM begins.
     opcode, _, segment = struct.unpack_from("<BHH", rom, micro.ROM_BYTES - 16)
@@ -100,7 +102,7 @@ def test_both_sides_have_the_same_words_for_a_refusal_and_the_same_flags() -> No
 def test_both_guests_are_made_again_when_what_they_share_changes() -> None:
     shared = {"layout.h", "mix.h", "writers.h"}
     assert shared <= {path.name for path in micro._HEADERS}
-    assert shared <= {path.name for path in build._HEADERS}
+    assert shared <= {path.name for path in initramfs._HEADERS}
 
 
 @given(

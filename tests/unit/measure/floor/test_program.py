@@ -11,7 +11,7 @@ import pytest
 
 from lab.errors import BuildError, HostError, LabError
 from lab.host.probe import probe_uffd
-from lab.host.tools import run_tool
+from lab.host.tools import find_compiler, run_tool
 from lab.measure.floor import build
 from lab.measure.floor.program import Output, Sample, check, parse, run_block
 
@@ -81,7 +81,7 @@ def test_counts_that_differ_from_what_was_asked_for_are_found(counts: dict[str, 
 async def test_it_compiles_without_a_warning(tmp_path: Path) -> None:
     strict = ["-Werror", "-Wpedantic", "-Wshadow"]
     target = tmp_path / "floor"
-    compiler = build.find_compiler()
+    compiler = find_compiler(build.COMPILERS, "install gcc")
     await run_tool(
         [compiler, *build.CFLAGS, *strict, "-o", target, build.SOURCE], log=tmp_path / "log"
     )
@@ -113,12 +113,13 @@ async def test_a_source_that_does_not_compile_leaves_nothing_and_says_why(
     assert [path.name for path in (tmp_path / "cache" / "floor").iterdir()] == ["build.log"]
 
 
-def test_a_host_without_a_compiler_is_told_what_to_install(
+async def test_a_host_without_a_compiler_is_told_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError) as caught:
-        build.find_compiler()
+        await build.ensure_program()
     assert "gcc" in caught.value.remedy
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from lab.errors import BuildError, HostError
-from lab.guests.linux import build, newc
+from lab.guests.linux import initramfs, kernel, newc
+from lab.guests.linux.guest import LinuxGuest
+
+GUEST = LinuxGuest()
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("musl-gcc", "gcc", "cc")), reason="no C compiler"
@@ -32,24 +35,24 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def own_kernel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    kernel = tmp_path / "bzImage"
-    kernel.write_bytes(fake_kernel())
-    monkeypatch.setenv("LAB_GUEST_KERNEL", str(kernel))
-    return kernel
+    image = tmp_path / "bzImage"
+    image.write_bytes(fake_kernel())
+    monkeypatch.setenv("LAB_GUEST_KERNEL", str(image))
+    return image
 
 
 def test_the_release_is_read_from_the_boot_header() -> None:
-    assert build.kernel_release(fake_kernel("6.12.5-cloud-amd64")) == "6.12.5-cloud-amd64"
+    assert kernel.kernel_release(fake_kernel("6.12.5-cloud-amd64")) == "6.12.5-cloud-amd64"
 
 
 @pytest.mark.parametrize("image", [b"", b"\x7fELF" + bytes(4096), fake_kernel("", "")])
 def test_what_is_no_kernel_is_refused(image: bytes) -> None:
     with pytest.raises(ValueError):
-        build.kernel_release(image)
+        kernel.kernel_release(image)
 
 
 def test_the_initramfs_has_an_executable_init_and_a_console() -> None:
-    entries = {e.path: e for e in newc.read_archive(build.initramfs_archive(b"program"))}
+    entries = {e.path: e for e in newc.read_archive(initramfs.initramfs_archive(b"program"))}
     assert entries["init"].data == b"program"
     assert entries["init"].mode & 0o111 == 0o111
     assert entries["dev/console"].device == (5, 1)
@@ -65,7 +68,7 @@ def test_the_initramfs_has_drivers_and_the_order_in_which_they_load() -> None:
         "virtio_ring": driver("virtio_ring"),
         "virtio": driver("virtio", "virtio_ring"),
     }
-    archive = build.initramfs_archive(b"program", drivers)
+    archive = initramfs.initramfs_archive(b"program", drivers)
     entries = {e.path: e.data for e in newc.read_archive(archive)}
     assert entries["modules/virtio.ko"] == drivers["virtio"]
     # virtio_pci is not there: this kernel has it built in.
@@ -76,19 +79,19 @@ def test_the_initramfs_has_drivers_and_the_order_in_which_they_load() -> None:
 @pytest.mark.usefixtures("cache")
 def test_a_guest_that_is_not_built_names_the_remedy() -> None:
     with pytest.raises(HostError) as caught:
-        build.find_guest()
+        GUEST.find()
     assert "lab build" in caught.value.remedy
 
 
 @needs_compiler
 async def test_a_second_build_finds_the_first(own_kernel: Path) -> None:
     said: list[str] = []
-    first = await build.ensure_guest(said.append)
+    first = await GUEST.ensure(said.append)
     assert first.kernel == own_kernel
     assert first.kernel_version == "6.1.0-test"
     assert said == ["guest: compiling the workload"]
-    assert await build.ensure_guest(said.append) == first
-    assert build.find_guest() == first
+    assert await GUEST.ensure(said.append) == first
+    assert GUEST.find() == first
     assert len(said) == 1
 
 
@@ -97,9 +100,9 @@ async def test_a_second_build_finds_the_first(own_kernel: Path) -> None:
 async def test_two_builds_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = await build.ensure_guest()
+    first = await GUEST.ensure()
     monkeypatch.setenv("LAB_CACHE", str(tmp_path / "another" / "deeper"))
-    second = await build.ensure_guest()
+    second = await GUEST.ensure()
     assert second.initramfs != first.initramfs
     assert second.initramfs_sha256 == first.initramfs_sha256
 
@@ -107,9 +110,9 @@ async def test_two_builds_give_the_same_bytes(
 @needs_compiler
 @pytest.mark.usefixtures("own_kernel")
 async def test_builds_at_the_same_time_leave_one_complete_file(cache: Path) -> None:
-    guests = await asyncio.gather(*(build.ensure_guest() for _ in range(3)))
+    guests = await asyncio.gather(*(GUEST.ensure() for _ in range(3)))
     assert len(set(guests)) == 1
-    assert [path.suffix for path in cache.iterdir()] == [".cpio"]
+    assert sorted(path.suffix for path in cache.iterdir()) == [".cpio", ".log"]
 
 
 @pytest.mark.usefixtures("own_kernel")
@@ -119,10 +122,10 @@ async def test_a_compiler_that_fails_leaves_nothing_and_says_why(
     compiler = tmp_path / "cc"
     compiler.write_text("#!/bin/sh\necho 'workload.c:1: error: no such thing' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    monkeypatch.setattr(build, "_compiler", lambda: str(compiler))
+    monkeypatch.setattr(initramfs, "_compiler", lambda: str(compiler))
     with pytest.raises(BuildError, match="no such thing"):
-        await build.ensure_guest()
-    assert list(cache.iterdir()) == []
+        await GUEST.ensure()
+    assert [path.name for path in cache.iterdir()] == ["build.log"]
 
 
 @pytest.mark.usefixtures("cache")
@@ -135,7 +138,7 @@ def test_an_override_that_is_no_kernel_names_the_variable(
             path.write_bytes(content)
         monkeypatch.setenv("LAB_GUEST_KERNEL", str(path))
         with pytest.raises(HostError, match="LAB_GUEST_KERNEL"):
-            build.find_guest()
+            GUEST.find()
 
 
 @pytest.mark.usefixtures("cache")
@@ -144,7 +147,7 @@ async def test_a_host_without_apt_is_told_about_the_override(
 ) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(HostError) as caught:
-        await build.ensure_guest()
+        await GUEST.ensure()
     assert "LAB_GUEST_KERNEL" in caught.value.remedy
 
 
@@ -177,20 +180,20 @@ async def test_empty_package_lists_are_replaced_by_private_ones(
     for name, script in (("apt-cache", APT_CACHE), ("apt-get", APT_GET), ("dpkg-deb", DPKG_DEB)):
         (tools / name).write_text(script)
         (tools / name).chmod(0o755)
-    kernel = tmp_path / "kernel"
-    kernel.write_bytes(fake_kernel("9.9.9-cloud-amd64"))
-    monkeypatch.setenv("FAKE_KERNEL", str(kernel))
+    image = tmp_path / "kernel"
+    image.write_bytes(fake_kernel("9.9.9-cloud-amd64"))
+    monkeypatch.setenv("FAKE_KERNEL", str(image))
     monkeypatch.setenv("PATH", str(tools), prepend=":")
     said: list[str] = []
-    guest = await build.ensure_guest(said.append)
-    assert guest.kernel.read_bytes() == kernel.read_bytes()
+    guest = await GUEST.ensure(said.append)
+    assert guest.kernel.read_bytes() == image.read_bytes()
     assert guest.kernel_version == "9.9.9-cloud-amd64"
     assert said == [
         "guest: fetching package lists",
         "guest: downloading linux-image-9.9.9-cloud-amd64",
         "guest: compiling the workload",
     ]
-    assert build.find_guest() == guest
+    assert GUEST.find() == guest
     entries = {e.path: e.data for e in newc.read_archive(guest.initramfs.read_bytes())}
     assert entries["modules/disk-virtio.list"] == b"virtio_pci\nvirtio_blk\n"
     assert entries["modules/virtio_pci.ko"] == b"\0depends=lost-and-found\0"
