@@ -12,7 +12,7 @@
 #include "memory.h"
 #include "processor.h"
 
-/* The host's parameters, in the ROM; micro.py writes them there. */
+/* The host's parameters, in the ROM; build.py writes them there. */
 struct parameters {
     uint64_t magic;
     uint64_t kind;
@@ -31,7 +31,7 @@ enum {
     FLAG_WARM_UP = 1 << 2,    /* the translation caches are software, and grow */
 };
 
-/* Why a guest does not run; micro.py has the words. */
+/* Why a guest does not run; build.py has the words. */
 enum refusal { REFUSED_PARAMETERS = 1, REFUSED_MEMORY = 2, REFUSED_CLOCK = 3, REFUSED_VCPU = 4 };
 
 /* What an operation takes that a processor does undisturbed is a hundredth of this. */

@@ -2,7 +2,7 @@
  * memory: where everything is in the microguest's physical memory.
  *
  * Shared by C, the assembler and the linker script, so it holds nothing but definitions.
- * micro.py is the host's side of the addresses that it reads and writes; a test compares them.
+ * build.py is the host's side of the addresses that it reads and writes; a test compares them.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
