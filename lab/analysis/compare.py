@@ -22,6 +22,8 @@ from lab.scenario.storage import Storage
 from lab.scenario.workload import Workload
 from lab.stats import Comparison, compare
 
+DIFFERENT_HOSTS = "measured on different hosts: a difference may be theirs"
+
 
 @dataclass(frozen=True)
 class Side:
@@ -47,8 +49,7 @@ class Side:
             | {name: first.summary.get(name) for name in ("method", "engine", "accel")}
             | {
                 "build": first.build,
-                "kernel": first.record.host.get("kernel"),
-                "cpu_model": first.record.host.get("cpu_model"),
+                "host": first.host,
                 "image_filesystem": first.record.host.get("image_filesystem"),
             }
         )
@@ -109,7 +110,7 @@ def comparison_text(a: Side, b: Side) -> str:
     lines = [f"A = {a.name} (n={len(a.runs)})", f"B = {b.name} (n={len(b.runs)})"]
     lines += [f"  {name}: {a.dimensions[name]} -> {b.dimensions[name]}" for name in different]
     rows = []
-    caveats = set()
+    caveats = {DIFFERENT_HOSTS} if "host" in different else set()
     for name, result in compare_sides(a, b).items():
         if result is None:
             continue

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from lab.runs.cases import case_names
+from lab.runs.cases import case_names, together
 from lab.runs.run import Run
 from lab.stats import quantile
 from lab.units import NS_PER_MS, Ns
@@ -54,7 +54,7 @@ def df_faults_by_method(runs: Iterable[Run]) -> pd.DataFrame:
     their faults are unknown, not zero.
     """
     parts = []
-    for run in (runs := list(runs)):
+    for run in (runs := together(runs)):
         if not run.has("faults"):
             continue
         faults = run.df_faults()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from lab.runs.cases import case_names
+from lab.runs.cases import case_names, together
 from lab.runs.run import Run
 from lab.units import NS_PER_MS
 
@@ -16,7 +16,7 @@ def df_phases_by_method(runs: Iterable[Run]) -> pd.DataFrame:
     the request), duration_ms.
     """
     parts = []
-    for run in (runs := list(runs)):
+    for run in (runs := together(runs)):
         if not run.has("phases"):
             continue
         phases = run.df_phases()

@@ -13,7 +13,7 @@ import pandas as pd
 
 from lab.analysis.floor import df_floor_medians
 from lab.analysis.phases import df_phases_by_method
-from lab.runs.cases import by_case, case_columns
+from lab.runs.cases import by_case, case_columns, case_names, together
 from lab.runs.columns import three_digits
 from lab.runs.run import Run
 from lab.runs.sets import RunSet
@@ -42,9 +42,7 @@ def df_fault_stages(runs: Iterable[Run]) -> pd.DataFrame:
     runs without a fault log.
     """
     parts = []
-    names = dict.fromkeys(["method"])
-    for one in runs:
-        names |= dict.fromkeys(one.varied)
+    for one in (runs := together(runs)):
         if not one.has("faults"):
             continue
         faults = one.df_faults()
@@ -61,7 +59,7 @@ def df_fault_stages(runs: Iterable[Run]) -> pd.DataFrame:
             for stage, ns in stages.items()
             if len(ns)
         ]
-    columns = ["run", *names, "stage", "us"]
+    columns = ["run", *case_names(runs), "stage", "us"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from lab.analysis.slowdown import BASELINE_NS
-from lab.runs.cases import case_names
+from lab.runs.cases import case_names, together
 from lab.runs.columns import COLUMNS
 from lab.runs.run import Run
 from lab.units import NS_PER_S, NS_PER_US
@@ -20,7 +20,7 @@ def df_write_latency_by_method(runs: Iterable[Run]) -> pd.DataFrame:
     `write_latency`.  Runs whose guest did not time its operations are left out.
     """
     parts = []
-    for run in (runs := list(runs)):
+    for run in (runs := together(runs)):
         if not run.has("write_latency"):
             continue
         marks = run.record.marks
@@ -43,7 +43,7 @@ def df_waits_by_method(runs: Iterable[Run]) -> pd.DataFrame:
     and slow writes are left out, and so is a fault for which the guest noted no operation.
     """
     parts = []
-    for run in (runs := list(runs)):
+    for run in (runs := together(runs)):
         if not (run.has("faults") and run.has("slow_writes")):
             continue
         waits = match_faults(run.df("faults"), run.df("slow_writes"))

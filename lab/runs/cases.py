@@ -1,12 +1,14 @@
 """The cases of a run set, and one row per run.
 
 A table of several runs has at its front, after `run` where a row is of one run, what *case* its
-rows are of: a column `method`, and one for each parameter that the run set varied.
+rows are of: a column `method`, and one for each parameter that a run set varied.  Runs of several
+hosts have a column `host`, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -58,17 +60,30 @@ def case_label(case: Mapping[str, Any]) -> str:
     return ", ".join([*method, *(f"{name}={value}" for name, value in named.items())])
 
 
+def together(runs: Iterable[Run]) -> list[Run]:
+    """Runs of one set, or of several, as they stand below each other in a table: each is of a case
+    that says all that was varied in any of their sets, and the host where there are several.
+    """
+    runs = list(runs)
+    names = dict.fromkeys(name for run in runs for name in run.varied)
+    if len({run.host for run in runs}) > 1:
+        names["host"] = None
+    varied = tuple(names)
+    return [run if run.varied == varied else replace(run, varied=varied) for run in runs]
+
+
 def case_names(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(["method", *(name for run in runs for name in run.varied)]))
+    """The columns of the case of runs that are `together`."""
+    return ["method", *(runs[0].varied if runs else ())]
 
 
 def df_runs(runs: Iterable[Run]) -> pd.DataFrame:
-    """One row a run.
+    """One row per run, of one set or of several: `df_runs([*here, *there])`.
 
     Columns: run, its case, round, order, warmup, and the rest of the summary line
     (`lab.runs.columns.SUMMARY_FIELDS`).  Rows in the order they were measured.
     """
-    runs = list(runs)
+    runs = together(runs)
     rows = [
         {
             "run": run.name,

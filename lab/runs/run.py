@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,15 @@ from lab.scenario.dimensions import case_name, recorded_dimension
 
 def run_name(record: RunRecord) -> str:
     return f"{record.order:03d}-{record.method}"
+
+
+def host_name(recorded: Mapping[str, Any]) -> str:
+    """What tables call a host: its CPUs and kernel, as recorded.  The name that its owner gave it
+    is not recorded.
+    """
+    count, model = recorded.get("cpu_count"), recorded.get("cpu_model", "an unknown CPU")
+    cpus = model if count is None else f"{count} x {model}"
+    return f"{cpus}, Linux {recorded.get('kernel', 'unknown')}"
 
 
 def write_table(path: Path, name: str, df: pd.DataFrame) -> TableRecord:
@@ -56,14 +65,24 @@ class Run:
     """Its folder; in a sealed set, where that was."""
     record: RunRecord
     varied: tuple[str, ...] = ()
-    """Parameters of which its run set measured several values."""
+    """Dimensions besides the method of which it is one of several values: parameters that its run
+    set varied, and the host beside runs of another (`lab.runs.cases.together`).
+    """
     sealed_in: sealed.Sealed | None = None
     """The sealed set that it is packed in; None: it has its folder."""
 
     @property
     def dimensions(self) -> dict[str, Any]:
-        """Its values of the parameters that its run set varied."""
-        return {name: recorded_dimension(self.record.scenario, name) for name in self.varied}
+        """Its values of what was varied."""
+        return {
+            name: self.host if name == "host" else recorded_dimension(self.record.scenario, name)
+            for name in self.varied
+        }
+
+    @property
+    def host(self) -> str:
+        """What tables call the host that it was measured on."""
+        return host_name(self.record.host)
 
     @property
     def case_values(self) -> dict[str, Any]:

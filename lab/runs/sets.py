@@ -65,7 +65,7 @@ from lab.runs.records import (
     jsonable,
     utc_now,
 )
-from lab.runs.run import Run, load_run, run_name, write_protect, write_table
+from lab.runs.run import Run, host_name, load_run, run_name, write_protect, write_table
 from lab.scenario.command import command
 from lab.scenario.document import from_json
 from lab.scenario.floor import FloorPlan
@@ -90,6 +90,11 @@ class RunSet:
     def kind(self) -> str:
         """What its runs measured: `snapshot`, or `floor` (`lab floor`)."""
         return str(self.record.plan.get("kind", "snapshot"))
+
+    @property
+    def host(self) -> str:
+        """What tables call the host that it was begun on."""
+        return host_name(self.record.host)
 
     @property
     def plan(self) -> Plan | FloorPlan:

@@ -84,7 +84,7 @@ def replace_dimensions(
 ) -> tuple[Machine, Workload, Storage, Instruments]:
     """Return all with the parameters in `changes` replaced, which are named as in tables.
 
-    :raise UsageError: there is no such parameter, or a value that can not work.
+    :raise UsageError: there is no such parameter, or a value that cannot work.
     """
     of: dict[type[Any], dict[str, Any]] = {cls: {} for cls in _PARTS}
     for name, value in changes.items():
@@ -116,7 +116,7 @@ def _parameter(name: str) -> "tuple[type[Any], dataclasses.Field[Any]]":
 
 @dataclass(frozen=True, kw_only=True)
 class Dimension:
-    """Something in which scenarios differ: the method, or a parameter of one of their parts.
+    """Something in which runs differ: the method, the host, or a parameter of their scenarios.
 
     `unit` is empty for what is no number.  `title` names it on an axis.  `order` is the order of
     its values in tables and figures; where it is empty they are numbers and go up.  `zero` is what
@@ -175,11 +175,12 @@ DIMENSIONS: Mapping[str, Dimension] = types.MappingProxyType(
     {
         "method": Dimension(
             name="method", doc="how the snapshot was taken", title="method", order=tuple(METHODS)
-        )
+        ),
+        "host": Dimension(name="host", doc="CPUs and kernel of the host", title="host"),
     }
     | {name: _dimension(name) for name in _PARAMETERS}
 )
-"""Everything in which scenarios can differ, by name; the method is one of them."""
+"""Everything in which runs can differ, by name: the method, the host and each parameter."""
 
 
 def recorded_dimension(scenario: Mapping[str, Any], name: str) -> Any:

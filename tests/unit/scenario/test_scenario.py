@@ -271,7 +271,7 @@ def test_the_method_and_every_parameter_are_dimensions_that_put_their_values_in_
     parts = (Machine(), Workload(), Storage(), Instruments())
     defaults = {name: value for part in parts for name, value in dimensions(part).items()}
     del defaults["extra_args"]
-    assert set(DIMENSIONS) == {"method", *defaults}
+    assert set(DIMENSIONS) == {"method", "host", *defaults}
     for name, value in defaults.items():
         one = DIMENSIONS[name]
         assert one.title
