@@ -7,30 +7,22 @@ is pure: bytes and lines in, values out. A test runs the C code on the host and 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from lab.errors import GuestError, UsageError
+from lab.scenario.workload import WorkloadKind
 
 PAGE_BYTES = 4096
 PAGE_WORDS = PAGE_BYTES // 8
 #: Kinds of workload; the position is the number in the progress page.
-KINDS = (
-    "idle",
-    "sequential",
-    "random",
-    "scattered",
-    "zipf",
-    "hotcold",
-    "readmostly",
-    "allocate",
-)
+KINDS: tuple[WorkloadKind, ...] = get_args(WorkloadKind)
 #: Kinds whose working set a host can replay. An idle guest has nothing to replay, and memory that
 #: `allocate` has given back still holds pages that name themselves, which only the guest's page
 #: tables tell from those of the working set.
-REPLAYED_KINDS = ("sequential", "random", "scattered", "zipf", "hotcold", "readmostly")
+REPLAYED_KINDS = tuple(kind for kind in KINDS if kind not in ("idle", "allocate"))
 #: A scattered writer writes to one page out of so many.
 SCATTER = 64
 #: Of a hotcold writer's pages one in so many is hot, one operation in so many goes to the others,
@@ -516,7 +508,9 @@ def pages_of_operations(
             return _scale(random * np.uint64(WRITE_EVERY), pages)
         case "scattered":
             return _scale(random, -(-pages // SCATTER)) * np.uint64(SCATTER)
-    return _scale(random, pages)
+        case "random":
+            return _scale(random, pages)
+    raise NotImplementedError(f"no replay of kind {kind!r}")
 
 
 def writes_of_operations(

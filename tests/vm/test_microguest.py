@@ -10,6 +10,7 @@ import pytest
 
 import lab
 from lab.errors import GuestError, RestoreError
+from lab.guests import protocol
 from lab.guests.micro import build as micro
 from lab.guests.protocol import PAGE_BYTES, LatencyPage, ProgressPage
 from lab.host.memory import write_process
@@ -117,6 +118,25 @@ async def test_what_it_can_not_do_it_refuses_by_name(
     with pytest.raises(GuestError, match=problem):
         async with lab.boot(MACHINE, WORKLOAD):
             pass
+
+
+async def test_a_kind_is_not_refused_for_coming_after_one_that_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = micro.parameters
+
+    def later(*args: object) -> bytes:
+        words = bytearray(parameters(*args))  # type: ignore[arg-type]
+        struct.pack_into("<Q", words, 8, len(protocol.KINDS) - 1)
+        return bytes(words)
+
+    monkeypatch.setattr(protocol, "KINDS", (*protocol.KINDS, "later"))
+    monkeypatch.setattr(micro, "parameters", later)
+    rom = tmp_path / "rom"
+    await micro.compile_rom(rom)
+    monkeypatch.setattr(micro, "rom_path", lambda: rom)
+    async with lab.boot(MACHINE, WORKLOAD) as vm:
+        assert vm.ready.kind == "later"
 
 
 # Exactly known pages at known times

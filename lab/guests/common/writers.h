@@ -10,6 +10,7 @@
 #ifndef LAB_WRITERS_H
 #define LAB_WRITERS_H
 
+#include "kinds.h" /* ../kinds.py writes it when a guest is compiled */
 #include "layout.h"
 #include "mix.h"
 
@@ -27,16 +28,11 @@ enum {
 
 static const uint64_t PAGE_MAGIC = UINT64_C(0x4547415042414c56); /* "VLABPAGE" */
 
-enum kind {
-    KIND_IDLE = 0,
-    KIND_SEQUENTIAL = 1,
-    KIND_RANDOM = 2,
-    KIND_SCATTERED = 3,
-    KIND_ZIPF = 4,
-    KIND_HOTCOLD = 5,
-    KIND_READMOSTLY = 6,
-    KIND_ALLOCATE = 7,
-};
+/* Whether this guest does a kind of workload. */
+static inline bool kind_is_done(uint64_t kind)
+{
+    return kind < KIND_COUNT && !(KINDS_LACKING >> kind & 1);
+}
 
 enum {
     /* The scattered kind writes to one page out of so many. */

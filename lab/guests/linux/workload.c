@@ -171,8 +171,7 @@ enum {
     MAX_RATE = 1000000000,
 };
 
-static const char *const KIND_NAMES[] = {"idle", "sequential", "random",     "scattered",
-                                         "zipf", "hotcold",    "readmostly", "allocate"};
+static const char *const kind_names[] = KIND_NAMES;
 
 struct parameters {
     enum kind kind;
@@ -339,7 +338,7 @@ static unsigned choice(const char *name, const char *value, const char *const *n
 static void parse_parameter(struct parameters *p, const char *name, const char *value)
 {
     if (!strcmp(name, "lab.workload")) {
-        p->kind = (enum kind)choice(name, value, KIND_NAMES, COUNT(KIND_NAMES));
+        p->kind = (enum kind)choice(name, value, kind_names, COUNT(kind_names));
     } else if (!strcmp(name, "lab.wss_mib")) {
         p->wss_mib = number(name, value, 0, UINT64_C(1) << 20);
     } else if (!strcmp(name, "lab.threads")) {
@@ -743,7 +742,7 @@ int main(void)
     }
     p = read_parameters();
     wss_pages = p.wss_mib << 8;
-    record("LAB1 params kind=%s wss_mib=%llu threads=%llu seed=%llu cpus=%d", KIND_NAMES[p.kind],
+    record("LAB1 params kind=%s wss_mib=%llu threads=%llu seed=%llu cpus=%d", kind_names[p.kind],
            (unsigned long long)p.wss_mib, (unsigned long long)p.threads,
            (unsigned long long)p.seed, get_nprocs());
     if (p.kind != KIND_IDLE && wss_pages < p.threads) {
@@ -812,7 +811,7 @@ int main(void)
     record("LAB1 ready nonce=%016llx progress_gpa=%llx wss_pages=%llu threads=%llu seed=%llu"
            " kind=%s", (unsigned long long)nonce,
            (unsigned long long)physical_address(progress), (unsigned long long)wss_pages,
-           (unsigned long long)p.threads, (unsigned long long)p.seed, KIND_NAMES[p.kind]);
+           (unsigned long long)p.threads, (unsigned long long)p.seed, kind_names[p.kind]);
     serve(&p, running);
 }
 #endif

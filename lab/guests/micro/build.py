@@ -12,9 +12,11 @@ from pathlib import Path
 
 from lab.errors import BuildError, GuestError
 from lab.guests import common
+from lab.guests.kinds import HEADER, kinds_header
 from lab.guests.protocol import KINDS, ProgressPage, ReadyRecord
 from lab.host.files import content_key
 from lab.host.tools import run_tool
+from lab.scenario.guests import GUEST_LIMITS
 from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
 
@@ -53,7 +55,7 @@ REFUSALS = {
 def rom_path() -> Path:
     """Return where the ROM is kept that today's sources give."""
     flags = " ".join((*_CFLAGS, *_LDFLAGS)).encode()
-    key = content_key(flags, *(path.read_bytes() for path in (*_SOURCES, *_HEADERS)))
+    key = content_key(flags, _kinds(), *(path.read_bytes() for path in (*_SOURCES, *_HEADERS)))
     return common.cache_folder() / f"microguest-{key}.rom"
 
 
@@ -66,9 +68,10 @@ async def compile_rom(target: Path) -> None:
     boot, main, layout = _SOURCES
     with tempfile.TemporaryDirectory(prefix=".microguest-", dir=target.parent) as temporary:
         work = Path(temporary)
+        (work / HEADER).write_bytes(_kinds())
         for command in (
             ("gcc", *_CFLAGS, "-c", "-o", "boot.o", boot),
-            ("gcc", *_CFLAGS, f"-I{common.FOLDER}", "-c", "-o", "main.o", main),
+            ("gcc", *_CFLAGS, "-I.", f"-I{common.FOLDER}", "-c", "-o", "main.o", main),
             # The script has addresses of the C code's, so it goes through the preprocessor.
             ("gcc", "-E", "-P", "-x", "assembler-with-cpp", "-o", "layout.ld", layout),
             ("ld", *_LDFLAGS, "-T", "layout.ld", "-o", "elf", "boot.o", "main.o"),
@@ -79,6 +82,10 @@ async def compile_rom(target: Path) -> None:
         if size != ROM_BYTES:
             raise BuildError(f"the microguest's ROM has {size} bytes instead of {ROM_BYTES}")
         (work / "rom").replace(target)
+
+
+def _kinds() -> bytes:
+    return kinds_header(GUEST_LIMITS["micro"]).encode()
 
 
 def parameters(machine: Machine, workload: Workload, entropy: int) -> bytes:

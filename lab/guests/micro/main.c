@@ -441,7 +441,7 @@ static _Noreturn void start(void)
     p = *PARAMETERS;
     nonce = mix64(mix64(p.entropy) ^ read_ticks());
     begin_progress(nonce ? nonce : 1);
-    if (p.magic != PARAMETERS_MAGIC || p.kind >= KIND_ALLOCATE || p.threads < 1 ||
+    if (p.magic != PARAMETERS_MAGIC || !kind_is_done(p.kind) || p.threads < 1 ||
         p.threads > MAX_THREADS || p.wss_mib << 8 < p.threads || p.ram_mib < 8) {
         refuse(REFUSED_PARAMETERS);
     }

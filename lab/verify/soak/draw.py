@@ -24,7 +24,9 @@ from typing import Any, Literal, TypeVar
 
 from lab.errors import UsageError
 from lab.scenario.engines import DEFAULT_CHUNK_KIB, Sizes
+from lab.scenario.guests import GUEST_LIMITS
 from lab.scenario.machine import (
+    GUEST_DEVICES,
     RAM_RESERVE_MIB,
     THREADED_DISKS,
     Accel,
@@ -451,8 +453,7 @@ def _reconcile(
     kinds = offer.thp_kinds & ({"anon"} if variant == "unpatched" else offer.thp_kinds)
     if machine["thp"] and machine["ram_kind"] not in kinds:
         machine["thp"] = None
-    if machine["guest"] == "micro":
-        _reconcile_micro(machine, workload)
+    _reconcile_guest(machine, workload)
     _reconcile_devices(machine, offer)
     # The guest takes memory for the working set when idle, too.
     room_mib = machine["ram_mib"] - _GUEST_RESERVE_MIB
@@ -490,10 +491,13 @@ def _can_be_large(machine: Mapping[str, Any], offer: Offer) -> bool:
     return fits and offer.large_ram
 
 
-def _reconcile_micro(machine: dict[str, Any], workload: dict[str, Any]) -> None:
-    machine |= {"disk": "none", "net": False, "vnc": False, "balloon": False}
-    workload["threads"] = min(workload["threads"], machine["vcpus"])
-    if workload["kind"] == "allocate":
+def _reconcile_guest(machine: dict[str, Any], workload: dict[str, Any]) -> None:
+    limits = GUEST_LIMITS[machine["guest"]]
+    for device in set(GUEST_DEVICES) - limits.drivers:
+        machine[device] = "none" if device == "disk" else False
+    if limits.vcpu_per_writer:
+        workload["threads"] = min(workload["threads"], machine["vcpus"])
+    if workload["kind"] in limits.lacks:
         workload["kind"] = "random"
     if workload["kind"] == "idle":
         workload["rate_ops_per_s"] = 0

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lab.errors import GuestError, UsageError
 from lab.guests import common, protocol
+from lab.guests.kinds import HEADER, kinds_header
 from lab.guests.protocol import (
     HOT_PERIOD,
     KINDS,
@@ -35,6 +36,7 @@ from lab.guests.protocol import (
     replay_versions,
     writes_of_operations,
 )
+from lab.scenario.guests import GUEST_LIMITS
 
 SOURCE = Path(protocol.__file__).with_name("linux") / "workload.c"
 NONCE = 0x0123456789ABCDEF
@@ -52,9 +54,10 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiler is None:
         pytest.skip("no C compiler")
     binary = tmp_path_factory.mktemp("harness") / "harness"
+    (binary.parent / HEADER).write_text(kinds_header(GUEST_LIMITS["linux"]))
     subprocess.run(
         [compiler, "-O1", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-DLAB_HOST_TEST",
-         f"-I{common.FOLDER}", "-o", str(binary), str(SOURCE)],
+         f"-I{binary.parent}", f"-I{common.FOLDER}", "-o", str(binary), str(SOURCE)],
         check=True,
     )  # fmt: skip
     return binary

@@ -1,0 +1,28 @@
+"""The kinds of workload as the guests' C code knows them: a header, written when it is compiled.
+
+Each is spelled once, in `lab.scenario.workload.WorkloadKind`; its place there is its number.
+"""
+
+from lab.guests import protocol
+from lab.scenario.guests import GuestLimits
+
+HEADER = "kinds.h"
+
+
+def kinds_header(limits: GuestLimits) -> str:
+    """Return the header for a guest with these limits."""
+    kinds = protocol.KINDS
+    lacking = [f"UINT64_C(1) << KIND_{kind.upper()}" for kind in kinds if kind in limits.lacks]
+    return "\n".join(
+        [
+            "#include <stdint.h>",
+            "enum kind {",
+            *(f"    KIND_{kind.upper()} = {number}," for number, kind in enumerate(kinds)),
+            "};",
+            f"enum {{ KIND_COUNT = {len(kinds)} }};",
+            "#define KIND_NAMES {" + ", ".join(f'"{kind}"' for kind in kinds) + "}",
+            "/* A bit for each kind that the guest does not do. */",
+            f"#define KINDS_LACKING ({' | '.join(lacking) or 'UINT64_C(0)'})",
+            "",
+        ]
+    )
