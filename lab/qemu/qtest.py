@@ -12,18 +12,16 @@ One word of the tests is changed, in both trees: on a 64-bit machine they run on
 among the devices that the lab builds, and here they run on `pc`, as they do on a 32-bit one.
 """
 
-import dataclasses
 import os
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 import msgspec
 
-from lab.errors import BuildError, HostError, RunError, UsageError
+from lab.errors import BuildError, HostError, UsageError
 from lab.host.files import write_atomically
 from lab.host.ksm import KSM, ksm_runs
 from lab.host.needs import kvm_problem
@@ -32,10 +30,10 @@ from lab.host.tools import require_tools, run_tool
 from lab.host.workdir import private_folder
 from lab.qemu.build import VARIANTS, QemuBinary, ensure_qemu, ensure_test_program
 from lab.qemu.source import Progress, qemu_cache
+from lab.records import Schema, encode
 from lab.scenario.methods import Variant
 
 PROGRAM = "tests/qtest/migration-test"
-SCHEMA = "lab.qtest/1"
 TEST_TIMEOUT_S = 900
 """Several times what QEMU allows for the slowest test; a test that takes longer hangs."""
 
@@ -49,8 +47,7 @@ _SKIP = re.compile(r"#\s*skip\b", re.IGNORECASE)
 _STATUS = "# exit status "
 
 
-@dataclass(frozen=True, kw_only=True)
-class TestResult:
+class TestResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One test, on both."""
 
     __test__ = False  # not for pytest
@@ -65,8 +62,7 @@ class TestResult:
         return self.unpatched == "passed" and self.patched != "passed"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is known about two builds: `accel` is what ran the guests, `tests` what there is to run.
 
     `results` has those of the tests that were run, by name.
@@ -76,12 +72,17 @@ class Record:
     build_ids: dict[Variant, str]
     accel: str
     tests: list[str]
-    results: dict[str, TestResult] = field(default_factory=dict)
+    results: dict[str, TestResult] = {}
 
     @property
     def regressions(self) -> list[TestResult]:
         """The tests that the patches broke."""
         return [result for result in self.results.values() if result.is_regression]
+
+
+SCHEMA = Schema(
+    family="lab.qtest", version=1, kind=Record, remedy="name a file that `lab qtest --record` wrote"
+)
 
 
 def parse_tap(lines: Iterable[str]) -> dict[str, Outcome]:
@@ -142,19 +143,12 @@ def read_record(path: Path) -> Record:
 
     :raise RunError: when it is unreadable or of another version.
     """
-    try:
-        record = msgspec.json.decode(path.read_bytes(), type=Record)
-    except (OSError, msgspec.DecodeError) as error:
-        raise RunError(f"{path} is no record of tests: {error}", "name another file") from error
-    if record.schema != SCHEMA:
-        raise RunError(f"{path} is a {record.schema}, not a {SCHEMA}", "use the lab that wrote it")
-    return record
+    return SCHEMA.read(path)
 
 
 def write_record(record: Record, path: Path) -> None:
     """Write a record, whole or not at all."""
-    content = msgspec.json.format(msgspec.json.encode(record, order="deterministic"), indent=1)
-    write_atomically(path, content + b"\n")
+    write_atomically(path, encode(record, order="deterministic"))
 
 
 class _Bench:
@@ -250,7 +244,7 @@ def _begin(path: Path | None, fresh: Record) -> Record:
 
 def _with(record: Record, results: Mapping[str, TestResult]) -> Record:
     ordered = {name: results[name] for name in record.tests if name in results}
-    return dataclasses.replace(record, results=ordered)
+    return msgspec.structs.replace(record, results=ordered)
 
 
 def _require_no_ksm() -> None:
@@ -287,7 +281,7 @@ async def run_migration_tests(
     record = _begin(
         record_path,
         Record(
-            schema=SCHEMA,
+            schema=str(SCHEMA),
             build_ids={variant: binaries[variant].build_id for variant in VARIANTS},
             accel="kvm" if KVM_DEVICE.exists() and not hide_kvm else "tcg",
             tests=[],
@@ -298,7 +292,7 @@ async def run_migration_tests(
     has = {variant: await bench.names(variant) for variant in VARIANTS}
     tests = list(dict.fromkeys([*has["unpatched"], *has["patched"]]))
     selected = _select(tests, only)
-    record = dataclasses.replace(record, tests=tests)
+    record = msgspec.structs.replace(record, tests=tests)
     record = _with(record, record.results)
     left = [name for name in selected if name not in record.results]
     _require_no_ksm()

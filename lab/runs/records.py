@@ -1,21 +1,17 @@
-"""The records of run.json and set.json, their schemas and upgrades."""
+"""The records of run.json, set.json and runs.json, their schemas and upgrades."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import pandas as pd
 
-from lab.errors import RunError
-
-RUN_SCHEMA = "lab.run/1"
-SET_SCHEMA = "lab.set/2"
+from lab.records import Schema, encode
 
 Outcome = Literal["ok", "failed", "undecided"]
 
@@ -103,15 +99,30 @@ class SetRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     note: str = ""
 
 
-Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
-# version n -> the function that turns a document of version n into one of version n + 1
-RUN_UPGRADES: dict[int, Upgrade] = {}
-SET_UPGRADES: dict[int, Upgrade] = {
-    # Schema 2 can be sealed; one of schema 1 never is.
-    1: lambda document: document | {"schema": "lab.set/2"},
-}
+class RunsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Contents of runs.json (schema "lab.runs/1"): the records of a sealed set's runs.
 
-_T = TypeVar("_T", RunRecord, SetRecord)
+    `common` has what `scenario`, `host`, `binaries` and `clocks` of all runs have in common; of
+    `tables` each run has the numbers of rows.
+    """
+
+    schema: str
+    common: dict[str, dict[str, Any]]
+    runs: list[dict[str, Any]]
+
+
+_REMEDY = "name a run set that `lab measure` wrote"
+RUN = Schema(family="lab.run", version=1, kind=RunRecord, remedy=_REMEDY)
+SET = Schema(
+    family="lab.set",
+    version=2,
+    kind=SetRecord,
+    remedy=_REMEDY,
+    # Schema 2 can be sealed; one of schema 1 never is.
+    upgrades={1: lambda document: document},
+)
+RUNS = Schema(family="lab.runs", version=1, kind=RunsRecord, remedy=_REMEDY)
+RUN_SCHEMA, SET_SCHEMA, RUNS_SCHEMA = str(RUN), str(SET), str(RUNS)
 
 
 def utc_now() -> str:
@@ -142,42 +153,5 @@ def jsonable(value: Any) -> Any:
     return msgspec.to_builtins(value)
 
 
-def encode(record: RunRecord | SetRecord) -> bytes:
-    return (
-        msgspec.json.format(msgspec.json.encode(jsonable(msgspec.to_builtins(record))), indent=1)
-        + b"\n"
-    )
-
-
-def decode(path: Path, schema: str, upgrades: Mapping[int, Upgrade], kind: type[_T]) -> _T:
-    family, _, newest = schema.partition("/")
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise RunError(
-            f"cannot read {path}: {error.strerror}", "name the folder of a run set"
-        ) from error
-    try:
-        document = msgspec.json.decode(raw)
-        stated = document.get("schema") if isinstance(document, dict) else None
-        match = re.fullmatch(re.escape(family) + r"/([1-9][0-9]*)", stated or "")
-        if match is None:
-            raise RunError(
-                f"{path} does not say that it is a {family} file",
-                "name a run set that `lab measure` wrote",
-            )
-        version = int(match.group(1))
-        if version > int(newest):
-            raise RunError(
-                f"{path} has schema {stated}, newer than {schema}, the newest this lab reads",
-                "update the lab",
-            )
-        while version < int(newest):
-            document = upgrades[version](document)
-            version += 1
-        return msgspec.convert(document, kind)
-    except msgspec.DecodeError as error:
-        # ValidationError is a DecodeError; its text names the key
-        raise RunError(
-            f"{path} is damaged or not a {schema} file: {error}", "restore it from its source"
-        ) from error
+def encode_record(record: RunRecord | SetRecord) -> bytes:
+    return encode(jsonable(msgspec.to_builtins(record)))

@@ -19,7 +19,7 @@ from lab.host.limits import Throttled
 from lab.runs import sealed
 from lab.runs.columns import COLUMNS, METRICS, SHORT
 from lab.runs.marks import with_marks
-from lab.runs.records import RUN_SCHEMA, RUN_UPGRADES, ColumnRecord, RunRecord, TableRecord, decode
+from lab.runs.records import RUN, ColumnRecord, RunRecord, TableRecord
 from lab.scenario.dimensions import case_name, recorded_dimension
 
 
@@ -249,7 +249,7 @@ def load_run(folder: Path | str, *, verify: bool = True) -> Run:
     schema.
     """
     folder = Path(folder)
-    run = Run(folder, decode(folder / "run.json", RUN_SCHEMA, RUN_UPGRADES, RunRecord))
+    run = Run(folder, RUN.read(folder / "run.json"))
     if verify:
         run.verify()
     return run

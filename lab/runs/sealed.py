@@ -34,10 +34,10 @@ import pyarrow.parquet as pq
 
 from lab.errors import RunError
 from lab.host.files import sha256_of
+from lab.runs.records import RUNS, RUNS_SCHEMA, RunsRecord
 
 CHECKSUMS = "SHA256SUMS"
-RUNS = "runs.json"
-RUNS_SCHEMA = "lab.runs/1"
+RUNS_JSON = "runs.json"
 LOGS = "logs"
 PARTIAL = ".sealing"
 
@@ -223,7 +223,7 @@ def pack(folder: Path, set_document: bytes, runs: Sequence[Packed]) -> None:
         ]
         if logs:
             write_parquet(partial / f"{LOGS}.parquet", pa.Table.from_pylist(logs))
-        (partial / RUNS).write_bytes(_runs_json(runs))
+        (partial / RUNS_JSON).write_bytes(_runs_json(runs))
         (partial / "set.json").write_bytes(set_document)
         _compare(Sealed(partial), runs)
         (partial / CHECKSUMS).write_text(sums_text(partial), encoding="utf-8")
@@ -317,33 +317,21 @@ class Sealed:
                     f"{path} has changed since it was recorded", "restore the set from its source"
                 )
 
-    def _document(self) -> dict[str, Any]:
-        path = self.folder / RUNS
-        try:
-            found = msgspec.json.decode(path.read_bytes())
-        except OSError as error:
-            raise RunError(f"cannot read {path}: {error.strerror}", "restore it") from error
-        except msgspec.DecodeError as error:
-            raise RunError(f"{path} is damaged: {error}", "restore it from its source") from error
-        if not isinstance(found, dict) or found.get("schema") != RUNS_SCHEMA:
-            raise RunError(
-                f"{path} is not of schema {RUNS_SCHEMA}, the only one that this lab reads",
-                "update the lab, or restore the file from its source",
-            )
-        return found
+    def _record(self) -> RunsRecord:
+        return RUNS.read(self.folder / RUNS_JSON)
 
     def documents(self) -> Iterator[dict[str, Any]]:
         """The runs' records as they were, but for `tables`, which has the numbers of rows."""
-        found = self._document()
-        for short in found["runs"]:
-            yield short | {part: shared | short[part] for part, shared in found["common"].items()}
+        found = self._record()
+        for short in found.runs:
+            yield short | {part: shared | short[part] for part, shared in found.common.items()}
 
     def _places(self, name: str) -> dict[int, tuple[int, int]]:
         """Where each run's rows are in a table: the first, and how many."""
         if self._rows is None:
             self._rows = {}
             ends: dict[str, int] = {}
-            for document in self._document()["runs"]:
+            for document in self._record().runs:
                 for table, rows in document["tables"].items():
                     start = ends.get(table, 0)
                     self._rows.setdefault(table, {})[document["order"]] = (start, rows)

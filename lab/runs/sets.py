@@ -54,14 +54,13 @@ from lab.host.room import require_room
 from lab.runs import sealed
 from lab.runs.methods import df_methods, df_readable
 from lab.runs.records import (
+    SET,
     SET_SCHEMA,
-    SET_UPGRADES,
     ColumnRecord,
     RunRecord,
     SetRecord,
     TableRecord,
-    decode,
-    encode,
+    encode_record,
     jsonable,
     utc_now,
 )
@@ -243,7 +242,7 @@ class RunSet:
             for file, text in logs.items():
                 (partial / file).write_bytes(text)
             record = msgspec.structs.replace(record, tables=stored, files=sorted(logs))
-            (partial / "run.json").write_bytes(encode(record))
+            (partial / "run.json").write_bytes(encode_record(record))
             (partial / sealed.CHECKSUMS).write_text(sealed.sums_text(partial), encoding="utf-8")
             write_protect(partial)
             partial.rename(final)
@@ -268,7 +267,7 @@ class RunSet:
 
     def _restate(self, record: SetRecord) -> None:
         self.record = record
-        write_atomically(self.path / "set.json", encode(record))
+        write_atomically(self.path / "set.json", encode_record(record))
         (self.path / "set.json").chmod(0o444)
 
     def seal(self) -> None:
@@ -302,7 +301,7 @@ class RunSet:
         record = msgspec.structs.replace(
             self.record, schema=SET_SCHEMA, status="sealed", columns=columns
         )
-        sealed.pack(self.path, encode(record), packed)
+        sealed.pack(self.path, encode_record(record), packed)
         self.record = record
         self.runs = _sealed_runs(self)
 
@@ -335,7 +334,7 @@ def create_set(
         lab=jsonable(lab),
         note=note,
     )
-    write_atomically(path / "set.json", encode(record))
+    write_atomically(path / "set.json", encode_record(record))
     return RunSet(path, record, [])
 
 
@@ -353,7 +352,8 @@ def _sealed_runs(run_set: RunSet) -> list[Run]:
             record = msgspec.convert(document, RunRecord)
         except (msgspec.ValidationError, KeyError) as error:
             raise RunError(
-                f"{store.folder / sealed.RUNS} is damaged: {error}", "restore it from its source"
+                f"{store.folder / sealed.RUNS_JSON} is damaged: {error}",
+                "restore it from its source",
             ) from error
         folder = run_set.path / run_name(record)
         runs.append(Run(folder, record, run_set.varied, store))
@@ -367,7 +367,7 @@ def load_set(path: Path | str, *, verify: bool = True) -> RunSet:
     newer schema.
     """
     path = Path(path)
-    record = decode(path / "set.json", SET_SCHEMA, SET_UPGRADES, SetRecord)
+    record = SET.read(path / "set.json")
     made = RunSet(path, record, [])
     if record.status == "sealed":
         if sealed.run_folders(path):
@@ -391,7 +391,7 @@ def seal_set(path: Path | str) -> RunSet:
     when the disk has no room for it.
     """
     path = Path(path)
-    record = decode(path / "set.json", SET_SCHEMA, SET_UPGRADES, SetRecord)
+    record = SET.read(path / "set.json")
     if record.status == "sealed" and sealed.run_folders(path):
         with RunSet(path, record, []).lock():
             sealed.Sealed(path).verify()

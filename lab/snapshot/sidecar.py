@@ -15,15 +15,11 @@ import msgspec
 from lab.errors import RestoreError, UsageError
 from lab.guests.protocol import ReadyRecord
 from lab.qemu.build import QemuBinary
+from lab.records import Schema
 from lab.scenario.document import from_json
 from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
 from lab.snapshot.checksums import Checksums
-
-FORMAT = "lab.snapshot/3"
-
-_WITHOUT_MARK = "lab.snapshot/2"
-"""What versions of the lab wrote whose images had no mark; everything else was the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +52,7 @@ class Sidecar:
 
     def to_text(self) -> str:
         """Return the file's content."""
-        data = {"format": FORMAT} | msgspec.to_builtins(self, enc_hook=str)
+        data = {SCHEMA.key: str(SCHEMA)} | msgspec.to_builtins(self, enc_hook=str)
         # As text, because JSON readers keep only 53 bits of a number.
         if self.ready is not None:
             data["ready"]["nonce"] = f"{self.ready.nonce:016x}"
@@ -73,26 +69,21 @@ def parse_sidecar(image: Path, content: bytes) -> Sidecar:
 
     :raise RestoreError: when it is none, or of another version.
     """
+    name = sidecar_path(image).name
     try:
-        return _parse(content)
+        return _parse(content, name)
     except (ValueError, UsageError, msgspec.ValidationError) as error:
         raise RestoreError(
-            f"{sidecar_path(image).name} is not a sidecar: {error}", "take the snapshot again"
+            f"{name} is not a sidecar: {error}", "take the snapshot again"
         ) from error
 
 
-def _parse(content: bytes) -> Sidecar:
-    data = json.loads(content)
-    if not isinstance(data, dict):
+def _parse(content: bytes, name: str) -> Sidecar:
+    document = json.loads(content)
+    if not isinstance(document, dict):
         raise ValueError("no JSON object")
-    found = data.pop("format", None)
-    if found == _WITHOUT_MARK:
-        data["mark"] = None
-    elif found != FORMAT:
-        raise RestoreError(
-            f"the sidecar has format {found!r} and this lab reads {FORMAT!r}",
-            "use the version of the lab that wrote it",
-        )
+    data = SCHEMA.upgraded(document, name)
+    del data[SCHEMA.key]
     # It is younger than the format.
     data.setdefault("boot_before", None)
     expected = {f.name for f in dataclasses.fields(Sidecar)}
@@ -112,7 +103,7 @@ def _parse(content: bytes) -> Sidecar:
     return Sidecar(**msgspec.structs.asdict(plain), **nested)
 
 
-class _Plain(msgspec.Struct, frozen=True, kw_only=True):
+class _Plain(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The parts whose dataclasses validate nothing themselves."""
 
     method: str
@@ -126,6 +117,18 @@ class _Plain(msgspec.Struct, frozen=True, kw_only=True):
     boot_before: str | None
     binary: QemuBinary
     kernel_sha256: str
+
+
+SCHEMA = Schema(
+    family="lab.snapshot",
+    version=3,
+    kind=_Plain,
+    remedy="take the snapshot again",
+    # Images of version 2 had no mark; everything else was the same.
+    upgrades={2: lambda document: document | {"mark": None}},
+    key="format",
+    error=RestoreError,
+)
 
 
 def _decode_path(kind: type, value: Any) -> Any:

@@ -17,9 +17,8 @@ import pandas as pd
 from lab import __version__
 from lab.display import text_table
 from lab.errors import LabError, RunError
+from lab.records import Schema
 from lab.verify.soak.draw import LARGE_RAM_MIB, NEVER_DRAWN, VERSION, Choice, Offer
-
-FORMAT = "lab.soak/1"
 
 Outcome = Literal["equal", "differs", "failed", "no-guest"]
 """`no-guest` is not a snapshot's: the guest was silent at boot, and was booted once more."""
@@ -27,8 +26,7 @@ GOOD: tuple[Outcome, ...] = ("equal", "no-guest")
 """What no snapshot did wrong."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
+class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One iteration: what was done and what came of it.
 
     `shot` counts the trial's snapshots from 1.  `pages_*` are of 4096 bytes, over all RAM blocks;
@@ -69,6 +67,15 @@ class Result:
         return reproduce_command(choice, self.seed, self.shot)
 
 
+SCHEMA = Schema(
+    family="lab.soak",
+    version=1,
+    kind=Result,
+    remedy="name a file that `lab soak` wrote",
+    key="format",
+)
+
+
 def reproduce_command(choice: Choice, seed: int, iterations: int) -> str:
     """Return the command that takes the first snapshots of the guest of a seed."""
     command = ["lab", "soak", "--seed", str(seed), "--iterations", str(iterations)]
@@ -99,7 +106,7 @@ def header_line(seed: int, choice: Choice, offer: Offer, ground: Mapping[str, An
     return _line(
         {
             "record": "soak",
-            "format": FORMAT,
+            SCHEMA.key: str(SCHEMA),
             "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
             "lab": __version__,
             "seed": seed,
@@ -192,20 +199,16 @@ def require_draw(version: int, name: str) -> None:
 def _read(path: Path) -> tuple[dict[str, Any], list[Result]]:
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        formats = {line["format"] for line in lines if line["record"] == "soak"}
-        if formats != {FORMAT}:
-            raise RunError(
-                f"{path.name} has format {', '.join(sorted(formats))} and this lab reads {FORMAT}",
-                "use the version of the lab that wrote it",
-            )
         # A soak that went on has a head for each time.
-        first: dict[str, Any] = next(line for line in lines if line["record"] == "soak")
+        heads = [SCHEMA.upgraded(line, path.name) for line in lines if line["record"] == "soak"]
+        if not heads:
+            raise RunError(f"{path.name} does not say what it drew from", SCHEMA.remedy)
         results = [
-            msgspec.convert({k: v for k, v in line.items() if k != "record"}, Result)
+            msgspec.convert({k: v for k, v in line.items() if k != "record"}, SCHEMA.kind)
             for line in lines
             if line["record"] == "iteration"
         ]
-        return first, results
+        return heads[0], results
     except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError) as error:
         raise RunError(f"{path} is not a soak's record: {error}", "name a whole one") from error
 

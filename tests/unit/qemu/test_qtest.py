@@ -107,7 +107,7 @@ def test_broken_is_what_passes_without_the_patches_only(
 
 def record(**results: tuple[Outcome, Outcome]) -> Record:
     return Record(
-        schema=qtest.SCHEMA,
+        schema=str(qtest.SCHEMA),
         build_ids={"unpatched": "u", "patched": "p"},
         accel="tcg",
         tests=["/a", "/b", "/c"],

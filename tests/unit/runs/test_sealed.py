@@ -240,8 +240,8 @@ def test_one_that_was_changed_is_refused_in_one_line(
     ("file", "content", "message"),
     [
         ("runs.json", b"{ not json", "damaged"),
-        ("runs.json", b'{"schema": "lab.runs/2"}', "the only one that this lab reads"),
-        ("runs.json", b"[]", "the only one that this lab reads"),
+        ("runs.json", b'{"schema": "lab.runs/2"}', "newer than lab.runs/1"),
+        ("runs.json", b"[]", "does not say that it is a lab.runs file"),
         ("faults.parquet", b"not parquet", "cannot read"),
     ],
 )

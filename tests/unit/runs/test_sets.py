@@ -1,5 +1,6 @@
 """Run folders: what is written comes back, what is wrong is refused, what is recorded stays."""
 
+import dataclasses
 import json
 import stat
 import subprocess
@@ -16,7 +17,7 @@ from lab.analysis.faults import fault_summary
 from lab.analysis.slowdown import slowdown
 from lab.errors import HostError, RunError
 from lab.runs import columns, sealed
-from lab.runs.records import RUN_UPGRADES, RunRecord, jsonable
+from lab.runs.records import RUN, RunRecord, jsonable
 from lab.runs.run import load_run
 from lab.runs.sets import RunSet, create_set, load_set
 from tests.support.paths import TEST_DATA
@@ -120,9 +121,12 @@ def test_an_older_schema_is_upgraded_step_by_step(
     make_synthetic_set: MakeSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_synthetic_set(finish=False).runs[0].path
-    monkeypatch.setattr("lab.runs.run.RUN_SCHEMA", "lab.run/3")
-    monkeypatch.setitem(RUN_UPGRADES, 1, lambda d: d | {"note": d["note"] + " one"})
-    monkeypatch.setitem(RUN_UPGRADES, 2, lambda d: d | {"note": d["note"] + " two"})
+    upgrades = {
+        1: lambda d: d | {"note": d["note"] + " one"},
+        2: lambda d: d | {"note": d["note"] + " two"},
+    }
+    third = dataclasses.replace(RUN, version=3, upgrades=upgrades)
+    monkeypatch.setattr("lab.runs.run.RUN", third)
     assert load_run(folder).record.note.endswith(" one two")
 
 

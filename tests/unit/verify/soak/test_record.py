@@ -1,11 +1,11 @@
 """What a soak records can be read, added up and done again."""
 
-import dataclasses
 import json
 import shlex
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from lab.__main__ import build_parser
@@ -52,7 +52,7 @@ EQUAL = Result(
     pages_compared=65536,
     faults=12,
 )
-DIFFERS = dataclasses.replace(
+DIFFERS = msgspec.structs.replace(
     EQUAL,
     iteration=2,
     seed=9,
@@ -63,9 +63,9 @@ DIFFERS = dataclasses.replace(
     pages_differing=1,
     faults=None,
 )
-FAILED = dataclasses.replace(EQUAL, iteration=3, seed=8, method="live-rfc", outcome="failed")
+FAILED = msgspec.structs.replace(EQUAL, iteration=3, seed=8, method="live-rfc", outcome="failed")
 ALL = [EQUAL, DIFFERS, FAILED]
-NO_GUEST = dataclasses.replace(FAILED, outcome="no-guest", detail="silent", pages_compared=0)
+NO_GUEST = msgspec.structs.replace(FAILED, outcome="no-guest", detail="silent", pages_compared=0)
 
 
 def write_record(path: Path) -> None:
@@ -153,7 +153,7 @@ def test_results_add_up() -> None:
 
 
 def test_each_thing_that_is_drawn_is_counted() -> None:
-    wide = dataclasses.replace(
+    wide = msgspec.structs.replace(
         EQUAL,
         machine=as_read(
             Machine(ram_mib=LARGE_RAM_MIB, chipset="q35", disk="scsi", flash=True, undriven=True)
