@@ -38,7 +38,7 @@ def register(subparsers: Subparsers) -> None:
 def add_running_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a command that keeps a guest running."""
     parser.add_argument(
-        "--seconds", type=float, metavar="S", help="end after so long (default: never)"
+        "--seconds", type=float, metavar="S", help="end after S seconds (default: never)"
     )
     parser.add_argument("--json", action="store_true", help="JSON lines on stdout")
 
@@ -54,7 +54,7 @@ async def _boot(args: argparse.Namespace) -> int:
 
 
 async def show_speed(vm: "VM", args: argparse.Namespace) -> None:
-    """Print one line about `vm` and then one a second about its speed."""
+    """Print one line about `vm` and then one per second about its speed."""
     first = {"pid": vm.pid, "qemu": vm.binary.version, "variant": vm.binary.variant}
     # An image may be of a guest that was booting.
     first |= {"nonce": f"{vm.ready.nonce:016x}" if vm.is_ready else None}

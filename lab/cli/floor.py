@@ -58,7 +58,7 @@ async def run_floor(
     with recording(out) as line:
 
         def on_start(progress: "Progress") -> None:
-            # Only numbers differ from block to block, so that a log gets a line now and then.
+            # Only numbers differ from block to block, so that a log gets a line every 15 s.
             line(
                 f"round {progress.round + 1}/{plan.repeats}, block {progress.done + 1}/"
                 f"{progress.total}: about {estimate_text(progress.remaining_s)} left"

@@ -27,9 +27,7 @@ def register(subparsers: Subparsers) -> None:
         metavar="PATTERN",
         help="run the tests whose name has this regular expression; repeatable",
     )
-    parser.add_argument(
-        "--minutes", type=float, metavar="N", help="begin no test after so many minutes"
-    )
+    parser.add_argument("--minutes", type=float, metavar="N", help="begin no test after N minutes")
     parser.add_argument(
         "--record", type=Path, metavar="FILE", help="go on from this file, and write it"
     )

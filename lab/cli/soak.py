@@ -117,7 +117,7 @@ def _add_drawn_arguments(group: argparse._ArgumentGroup) -> None:
         dest="states",
         choices=get_args(RunState),
         help="repeatable; draw only these run states in which a guest is taken (default running, "
-        "and now and then paused)",
+        "and sometimes paused)",
     )
 
 

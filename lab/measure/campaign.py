@@ -282,7 +282,7 @@ def summarise(scenario: Scenario, sample: Sample) -> dict[str, Any]:
 
 
 def _scrub(text: str | None, image_dir: Path) -> str | None:
-    # A recorded run is published: it names the image, not where somebody keeps images.
+    # A recorded run is published: it names the image, not the folder of images.
     return (
         text
         if text is None

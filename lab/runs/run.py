@@ -115,13 +115,13 @@ class Run:
 
     @property
     def throttled(self) -> Throttled | None:
-        """How a CPU quota held it back; None where there was none, or nobody looked."""
+        """How a CPU quota held it back; None where there was none, or it was not looked for."""
         recorded = self.record.host.get("throttled")
         return None if recorded is None else msgspec.convert(recorded, Throttled)
 
     @property
     def beside(self) -> list[str]:
-        """Who measured beside it, or ran a guest; empty where nobody did, or nobody looked."""
+        """What was measured beside it, and which guests ran; empty where none, or not looked for."""
         return list(self.record.host.get("beside", []))
 
     def has(self, table: str) -> bool:

@@ -159,6 +159,6 @@ def describe(plan: FloorPlan) -> Iterable[str]:
     blocks = round_blocks(plan, 0)
     yield (
         f"{plan.repeats} rounds of {len(blocks)} blocks; {plan.mib} MiB are armed, files of "
-        f"{plan.write_mib} MiB, at most {plan.samples} samples a block; seed {plan.seed}"
+        f"{plan.write_mib} MiB, at most {plan.samples} samples per block; seed {plan.seed}"
     )
     yield from (block.label for block in all_blocks() if block in blocks)

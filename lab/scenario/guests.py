@@ -19,7 +19,7 @@ class GuestLimits:
 
     :param title: what people call it.
     :param min_ram_mib: it does not boot with less RAM.
-    :param ram_reserve_mib: RAM that a working set can not have.
+    :param ram_reserve_mib: RAM that a working set cannot have.
     :param table_share: one MiB per so many of the working set goes to page tables and versions
         besides; None where `ram_reserve_mib` has them.
     :param drivers: the fields of a machine's devices that it has drivers for.

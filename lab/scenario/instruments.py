@@ -15,9 +15,9 @@ class Instruments:
     (`Workload.time_writes`).
 
     `sample_interval_us` is the distance of the samples of progress.  With `known_faults` the lab
-    itself writes to so many protected pages while the snapshot is taken, and counts them in the
+    itself writes to that many protected pages while the snapshot is taken, and counts them in the
     fault log: `lab.instruments.knownfaults`.  With `rebuild_huge_pages`, once all else has been
-    recorded, what the snapshot split is put together again: `lab.instruments.hugepages`.
+    recorded, the huge pages that the snapshot split are rebuilt: `lab.instruments.hugepages`.
     """
 
     log_faults: bool = field(

@@ -14,7 +14,7 @@ class Storage:
     is a rate alone; nothing is done to how long a single write takes, nor to the page cache that
     the file is written to.
 
-    Raises `UsageError` for values that can not work.
+    Raises `UsageError` for values that cannot work.
     """
 
     storage_mib_per_s: int = field(

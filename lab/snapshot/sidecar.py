@@ -31,7 +31,7 @@ class Sidecar:
     then the nonce of the boot before, in hexadecimal, whose traces may still be in memory, and None
     when there was none.  `binary` and
     `kernel_sha256` say what took it, for the record: another QEMU that knows the machine type may
-    restore it.  `checksums` is None where nobody asked for them.  `mark` is what the last bytes of
+    restore it.  `checksums` is None where none were asked for.  `mark` is what the last bytes of
     the image are, by which the two belong together (`lab.snapshot.image`); None in those of older
     versions, whose images have none.
     """

@@ -1,4 +1,4 @@
-"""What a soak found: one result an iteration, recorded as a line of JSON, read again, added up."""
+"""What a soak found: one result per iteration, recorded as a line of JSON, read again, added up."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _line(record: Mapping[str, Any]) -> str:
 def read_record(path: Path) -> list[Result]:
     """Read the iterations of a record.
 
-    :raise RunError: when the file can not be read, or is of another version.
+    :raise RunError: when the file cannot be read, or is of another version.
     """
     return _read(path)[1]
 
@@ -159,7 +159,7 @@ def reopen_record(path: Path) -> Reopened:
 
     A last line that was not written to its end, as when the machine went down, is removed.
 
-    :raise RunError: when the file can not be read, is of another version, or its seeds gave other
+    :raise RunError: when the file cannot be read, is of another version, or its seeds gave other
         trials than they do now.
     """
     try:
@@ -276,10 +276,9 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def df_tally(results: Sequence[Result]) -> pd.DataFrame:
-    """Return how many iterations there were: a row a method, a column a kind of RAM and a number
-    of vCPUs.
+    """Return how many iterations there were: a row per method, a column per kind of RAM and
+    number of vCPUs.
     """
-
     frame = pd.DataFrame(
         {
             "method": [result.method for result in results],
@@ -293,7 +292,6 @@ def df_tally(results: Sequence[Result]) -> pd.DataFrame:
 
 def tally_text(results: Sequence[Result]) -> str:
     """Return what results add up to, for people."""
-
     total = summarise(results)
     return (
         f"{text_table(df_tally(results))}\n\n"
