@@ -121,7 +121,7 @@ class Run:
 
     @property
     def beside(self) -> list[str]:
-        """What was measured beside it, and which guests ran; empty where none, or not looked for."""
+        """What was measured beside it, and which guests ran; empty where none, or unknown."""
         return list(self.record.host.get("beside", []))
 
     def has(self, table: str) -> bool:
