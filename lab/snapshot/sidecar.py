@@ -4,9 +4,7 @@ A migration stream does not describe the machine it came from well enough to bui
 again, and it does not know its own length: the sidecar does.
 """
 
-import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,7 @@ from lab.scenario.workload import Workload
 from lab.snapshot.checksums import Checksums
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sidecar:
+class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The description of one image.
 
     `machine_type` is the versioned one.  `ready` is what the guest said at its boot; its nonce is
@@ -84,45 +81,22 @@ def _parse(content: bytes, name: str) -> Sidecar:
         raise ValueError("no JSON object")
     data = SCHEMA.upgraded(document, name)
     del data[SCHEMA.key]
-    # It is younger than the format.
-    data.setdefault("boot_before", None)
-    expected = {f.name for f in dataclasses.fields(Sidecar)}
-    if set(data) != expected:
-        raise ValueError(f"keys {', '.join(sorted(set(data) ^ expected))} missing or unknown")
-    nested: dict[str, Any] = {
-        "machine": from_json(Machine, data["machine"]),
-        "workload": from_json(Workload, data["workload"]),
-    }
-    if isinstance(data["ready"], dict) and isinstance(data["ready"].get("nonce"), str):
+    # A parameter that did not exist yet is as it was then, which only `from_json` knows.
+    for part, cls in (("machine", Machine), ("workload", Workload)):
+        if part in data:
+            data[part] = from_json(cls, data[part])
+    if isinstance(data.get("ready"), dict) and isinstance(data["ready"].get("nonce"), str):
         data["ready"]["nonce"] = int(data["ready"]["nonce"], 16)
-    plain = msgspec.convert(
-        {k: v for k, v in data.items() if k not in nested}, _Plain, dec_hook=_decode_path
-    )
-    if plain.checksums is not None and not plain.checksums.covers(plain.image_bytes):
+    found = msgspec.convert(data, SCHEMA.kind, dec_hook=_decode_path)
+    if found.checksums is not None and not found.checksums.covers(found.image_bytes):
         raise ValueError("its checksums are not those of all of the image")
-    return Sidecar(**msgspec.structs.asdict(plain), **nested)
-
-
-class _Plain(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The parts whose dataclasses validate nothing themselves."""
-
-    method: str
-    engine: str | None
-    machine_type: str
-    image_bytes: int
-    mark: str | None
-    checksums: Checksums | None
-    created_utc: str
-    ready: ReadyRecord | None
-    boot_before: str | None
-    binary: QemuBinary
-    kernel_sha256: str
+    return found
 
 
 SCHEMA = Schema(
     family="lab.snapshot",
     version=3,
-    kind=_Plain,
+    kind=Sidecar,
     remedy="take the snapshot again",
     # Images of version 2 had no mark; everything else was the same.
     upgrades={2: lambda document: document | {"mark": None}},

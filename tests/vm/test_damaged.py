@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -90,7 +91,7 @@ def leave_to_qemu(image: Path, sidecar: Sidecar) -> None:
     with image.open("rb") as file:
         mark = mark_of(file.fileno())
     size = image.stat().st_size
-    changed = dataclasses.replace(sidecar, checksums=None, image_bytes=size, mark=mark)
+    changed = msgspec.structs.replace(sidecar, checksums=None, image_bytes=size, mark=mark)
     sidecar_path(image).write_text(changed.to_text())
 
 
@@ -150,7 +151,7 @@ async def test_a_check_can_be_left_out(taken: Taken, tmp_path: Path) -> None:
     sums = taken.sidecar.checksums
     assert sums is not None
     wrong = dataclasses.replace(sums, sha256=("0" * 64, *sums.sha256[1:]))
-    changed = dataclasses.replace(taken.sidecar, checksums=wrong)
+    changed = msgspec.structs.replace(taken.sidecar, checksums=wrong)
     sidecar_path(image).write_text(changed.to_text())
     assert "is damaged" in await refusal(image)
     async with lab.restore(image, paused=True, check=False):

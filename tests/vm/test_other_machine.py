@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -34,7 +35,7 @@ class Taken:
 
     def tell(self, **changes: Any) -> None:
         """Have the sidecar say something else."""
-        changed = dataclasses.replace(self.sidecar, **changes)
+        changed = msgspec.structs.replace(self.sidecar, **changes)
         sidecar_path(self.image).write_text(changed.to_text())
 
 

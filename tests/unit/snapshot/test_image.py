@@ -1,7 +1,6 @@
 """An image and its sidecar are published and opened as one, whoever replaces them meanwhile."""
 
 import contextlib
-import dataclasses
 import os
 import resource
 import shutil
@@ -12,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from lab.errors import RestoreError, SnapshotError
@@ -38,7 +38,7 @@ def content(generation: int) -> bytes:
 
 
 def sidecar_for(path: Path, mark: str, generation: int) -> Sidecar:
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         SIDECAR,
         image_bytes=path.stat().st_size,
         mark=mark,
@@ -143,7 +143,7 @@ async def test_checksums_are_those_of_the_image_with_its_mark(image: Path) -> No
         mark = partial.add_mark()
         sidecar = sidecar_for(partial.path, mark, 2)
         sums = await checksums_of(partial.path, sidecar.image_bytes)
-        partial.publish(dataclasses.replace(sidecar, checksums=sums))
+        partial.publish(msgspec.structs.replace(sidecar, checksums=sums))
     with open_image(image) as opened:
         await check_image(opened)
         # Another file under the name is not what is checked.

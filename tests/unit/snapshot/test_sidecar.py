@@ -1,11 +1,11 @@
 """An image is restored as its sidecar says, or refused in one line."""
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from lab.errors import RestoreError
@@ -66,7 +66,7 @@ def test_a_sidecar_survives_its_file(image: Path) -> None:
 
 
 def test_a_guest_that_was_booting_has_said_nothing(image: Path) -> None:
-    booting = dataclasses.replace(SIDECAR, ready=None)
+    booting = msgspec.structs.replace(SIDECAR, ready=None)
     sidecar_path(image).write_text(booting.to_text())
     assert read_sidecar(image) == booting
 
@@ -77,7 +77,7 @@ def test_the_sidecar_of_an_image_that_has_no_mark_yet_is_read(image: Path) -> No
 
 
 def test_an_image_may_have_no_checksums(image: Path) -> None:
-    without = dataclasses.replace(SIDECAR, checksums=None)
+    without = msgspec.structs.replace(SIDECAR, checksums=None)
     sidecar_path(image).write_text(without.to_text())
     assert read_sidecar(image) == without
 
