@@ -14,4 +14,6 @@ where that is not its default: a recording that does not name it is read so.
 Tables and figures use `unit`, `title` (what an axis is called), `doc` (what a recorded value means,
 where that is not what the flag asks for) and `zero` (what 0 stands for, where it is not a number).
 `DIMENSIONS` has all of it, as one record for each parameter.
+
+A `plan` measures scenarios; `command` is its command line, and `campaigns` are plans with names.
 """
