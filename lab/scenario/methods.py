@@ -54,62 +54,52 @@ class Method:
         return "patched" if self.binary == "patched" else "unpatched"
 
 
+_BACKGROUND = ("background-snapshot",)
+
+
+def _patched(
+    name: str, title: str, engine: str, *capabilities: str, direct_io: bool = False
+) -> Method:
+    """A method of one of the patched QEMU's engines."""
+    return Method(
+        name=name,
+        title=f"live, {title}",
+        binary="patched",
+        mechanism="background",
+        live=True,
+        engine=engine,
+        capabilities=(*_BACKGROUND, *capabilities),
+        direct_io=direct_io,
+    )
+
+
 def _methods() -> Iterator[Method]:
-    background = ("background-snapshot",)
-    yield Method(
-        name="live",
-        title="live, a fault thread copies pages aside, a sweep releases memory in chunks",
-        binary="patched",
-        mechanism="background",
-        live=True,
-        engine="copy",
-        capabilities=background,
+    yield _patched(
+        "live", "a fault thread copies pages aside, a sweep releases memory in chunks", "copy"
     )
-    yield Method(
-        name="live-rfc",
-        title="live, a fault thread hands pages to the snapshot thread (the RFC's design)",
-        binary="patched",
-        mechanism="background",
-        live=True,
-        engine="rfc",
-        capabilities=background,
+    yield _patched(
+        "live-rfc", "a fault thread hands pages to the snapshot thread (the RFC's design)", "rfc"
     )
-    yield Method(
-        name="live-inline",
-        title="live, one thread for faults and sweep (upstream's engine in the patched QEMU)",
-        binary="patched",
-        mechanism="background",
-        live=True,
-        engine="inline",
-        capabilities=background,
+    yield _patched(
+        "live-inline",
+        "one thread for faults and sweep (upstream's engine in the patched QEMU)",
+        "inline",
     )
-    yield Method(
-        name="live-mapped",
-        title="live, into a file where each page has its place (mapped-ram)",
-        binary="patched",
-        mechanism="background",
-        live=True,
-        engine="copy",
-        capabilities=(*background, MAPPED_RAM),
+    yield _patched(
+        "live-mapped", "into a file where each page has its place (mapped-ram)", "copy", MAPPED_RAM
     )
-    yield Method(
-        name="live-direct",
-        title="live, into a file where each page has its place, past the host's page cache",
-        binary="patched",
-        mechanism="background",
-        live=True,
-        engine="copy",
-        capabilities=(*background, MAPPED_RAM),
+    yield _patched(
+        "live-direct",
+        "into a file where each page has its place, past the host's page cache",
+        "copy",
+        MAPPED_RAM,
         direct_io=True,
     )
-    yield Method(
-        name="live-inline-mapped",
-        title="live, upstream's engine, into a file where each page has its place",
-        binary="patched",
-        mechanism="background",
-        live=True,
-        engine="inline",
-        capabilities=(*background, MAPPED_RAM),
+    yield _patched(
+        "live-inline-mapped",
+        "upstream's engine, into a file where each page has its place",
+        "inline",
+        MAPPED_RAM,
     )
     yield Method(
         name="background",
@@ -117,7 +107,7 @@ def _methods() -> Iterator[Method]:
         binary="unpatched",
         mechanism="background",
         live=True,
-        capabilities=background,
+        capabilities=_BACKGROUND,
     )
     yield Method(
         name="migrate-to-file",
