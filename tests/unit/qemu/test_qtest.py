@@ -166,6 +166,8 @@ def log(tmp_path: Path) -> Path:
 def programs(tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(qtest, "KVM_DEVICE", tmp_path / "no-kvm")
+    # Another test may have the host merge pages meanwhile.
+    monkeypatch.setattr("lab.qemu.qtest.ksm_runs", lambda: False)
 
     def make(unpatched: str, patched: str, build: str = "1") -> None:
         paths: dict[Variant, Path] = {}
