@@ -1,9 +1,10 @@
 """A plan as a command line, and back."""
 
 import argparse
+import dataclasses
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lab.errors import UsageError
 from lab.scenario.dimensions import parse_dimension, value_text
@@ -12,9 +13,11 @@ from lab.scenario.floor import FloorPlan
 from lab.scenario.instruments import Instruments
 from lab.scenario.machine import Machine
 from lab.scenario.methods import METHODS
-from lab.scenario.plan import Plan
 from lab.scenario.storage import Storage
 from lab.scenario.workload import Workload
+
+if TYPE_CHECKING:
+    from lab.scenario.plan import Plan
 
 # Numbers of a plan, and their flags: `--seed` is the workload's.
 _NUMBERS = {"repeats": "repeats", "warmups": "warmups", "seed": "order-seed"}
@@ -54,13 +57,14 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         add_arguments(parser.add_argument_group(part.__name__.lower()), part)
 
 
-def plan_from_arguments(args: argparse.Namespace, base: Plan) -> Plan:
+def plan_from_arguments(args: argparse.Namespace, base: "Plan") -> "Plan":
     """The plan that flags make of `base`, which keeps what no flag is given for.
 
     :raise UsageError: the plan cannot be measured.
     """
     given = vars(args)
-    return Plan(
+    return dataclasses.replace(
+        base,
         methods=tuple(dict.fromkeys(given.get("methods", base.methods))),
         machine=from_arguments(Machine, args, base.machine),
         workload=from_arguments(Workload, args, base.workload),
@@ -87,7 +91,7 @@ def _varied(given: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     return varied
 
 
-def command(plan: Plan | FloorPlan) -> str:
+def command(plan: "Plan | FloorPlan") -> str:
     """The command line that measures a plan: `lab measure`, or `lab floor`.
 
     Parameters that have their default value are left out.  Parsed, it gives an equal plan.
@@ -97,9 +101,9 @@ def command(plan: Plan | FloorPlan) -> str:
     arguments = [f"--method={name}" for name in plan.methods]
     for name, values in sorted(plan.vary.items()):
         arguments.append(f"--vary={name.replace('_', '-')}={','.join(map(value_text, values))}")
-    for name, flag in _NUMBERS.items():
-        if getattr(plan, name) != getattr(Plan, name):
-            arguments.append(f"--{flag}={getattr(plan, name)}")
+    for f in dataclasses.fields(plan):
+        if f.name in _NUMBERS and (value := getattr(plan, f.name)) != f.default:
+            arguments.append(f"--{_NUMBERS[f.name]}={value}")
     arguments += ["--verify"] if plan.verify else []
     for part in (plan.machine, plan.workload, plan.storage, plan.instruments):
         arguments += to_arguments(part)
