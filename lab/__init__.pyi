@@ -1,64 +1,67 @@
 # What is public, for type checkers and for `lazy_loader`, which reads it when `lab` is imported.
 
-from .errors import (
-    BuildError as BuildError,
-)
-from .errors import (
-    GuestError as GuestError,
-)
-from .errors import (
-    GuestSilentError as GuestSilentError,
-)
-from .errors import (
-    HostError as HostError,
-)
-from .errors import (
-    LabError as LabError,
-)
-from .errors import (
-    LaunchError as LaunchError,
-)
-from .errors import (
-    QmpError as QmpError,
-)
-from .errors import (
-    RestoreError as RestoreError,
-)
-from .errors import (
-    RunError as RunError,
-)
-from .errors import (
-    SnapshotError as SnapshotError,
-)
-from .errors import (
-    TransientError as TransientError,
-)
-from .errors import (
-    UsageError as UsageError,
-)
-from .figures.figures import plot_slowdown as plot_slowdown
-from .figures.plots import (
-    plot_cost as plot_cost,
-)
-from .figures.plots import (
-    plot_fault_histogram as plot_fault_histogram,
-)
-from .figures.plots import (
-    plot_fault_latency as plot_fault_latency,
-)
-from .figures.plots import (
-    plot_faults_over_time as plot_faults_over_time,
-)
-from .figures.plots import (
-    plot_floor as plot_floor,
-)
-from .figures.plots import (
-    plot_phases as plot_phases,
-)
+from .analysis.compare import compared_text as compared_text
+from .analysis.faults import df_faults_by_method as df_faults_by_method
+from .analysis.instruments import df_overhead as df_overhead
+from .analysis.instruments import df_overhead_shown as df_overhead_shown
+from .analysis.instruments import sampling_cost as sampling_cost
+from .analysis.phases import df_phases_by_method as df_phases_by_method
+from .analysis.slowdown import df_slowdown as df_slowdown
+from .analysis.slowdown import slowdown as slowdown
+from .analysis.stages import df_against_floor as df_against_floor
+from .analysis.stages import df_against_floor_readable as df_against_floor_readable
+from .analysis.stages import df_fault_stages as df_fault_stages
+from .analysis.stages import df_phase_medians as df_phase_medians
+from .analysis.stages import df_stage_quantiles as df_stage_quantiles
+from .analysis.waits import df_waits_by_method as df_waits_by_method
+from .analysis.waits import df_write_latency_by_method as df_write_latency_by_method
+from .analysis.warnings import warnings_of as warnings_of
+from .errors import BuildError as BuildError
+from .errors import GuestError as GuestError
+from .errors import GuestSilentError as GuestSilentError
+from .errors import HostError as HostError
+from .errors import LabError as LabError
+from .errors import LaunchError as LaunchError
+from .errors import QmpError as QmpError
+from .errors import RestoreError as RestoreError
+from .errors import RunError as RunError
+from .errors import SnapshotError as SnapshotError
+from .errors import TransientError as TransientError
+from .errors import UsageError as UsageError
+from .figures.cost import plot_cost as plot_cost
+from .figures.cost import plot_lost_work as plot_lost_work
+from .figures.faults import plot_fault_histogram as plot_fault_histogram
+from .figures.faults import plot_fault_latency as plot_fault_latency
+from .figures.faults import plot_fault_stages as plot_fault_stages
+from .figures.faults import plot_faults_by_depth as plot_faults_by_depth
+from .figures.faults import plot_faults_over_time as plot_faults_over_time
+from .figures.faults import plot_page_map as plot_page_map
+from .figures.floor import plot_floor as plot_floor
+from .figures.floor import plot_floor_bulk as plot_floor_bulk
+from .figures.floor import plot_floor_faults as plot_floor_faults
+from .figures.instruments import plot_overhead as plot_overhead
+from .figures.instruments import plot_sample_gaps as plot_sample_gaps
+from .figures.phases import plot_phase_times as plot_phase_times
+from .figures.phases import plot_phases as plot_phases
+from .figures.speed import plot_slowdown as plot_slowdown
+from .figures.speed import plot_slowdown_boots as plot_slowdown_boots
+from .figures.stamp import stamp_text as stamp_text
+from .figures.varied import plot_against as plot_against
+from .figures.varied import plot_varied as plot_varied
+from .figures.waits import plot_stalls as plot_stalls
+from .figures.waits import plot_waits as plot_waits
 from .host.info import HostInfo as HostInfo
+from .measure.campaign import measure_again as measure_again
+from .measure.campaign import recorded as recorded
+from .runs.cases import df_runs as df_runs
+from .runs.columns import METRICS as METRICS
+from .runs.methods import df_methods as df_methods
+from .runs.methods import df_readable as df_readable
+from .runs.methods import df_shown as df_shown
 from .runs.run import Run as Run
 from .runs.sets import RunSet as RunSet
 from .runs.sets import load_set as load_set
+from .scenario.dimensions import DIMENSIONS as DIMENSIONS
 from .scenario.machine import Machine as Machine
 from .scenario.methods import METHODS as METHODS
 from .scenario.methods import Method as Method

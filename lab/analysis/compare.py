@@ -132,3 +132,15 @@ def comparison_text(a: Side, b: Side) -> str:
     lines.append(text_table(pd.DataFrame(rows)) if rows else "no metric that both have")
     lines += [f"caveat: {caveat}" for caveat in sorted(caveats)]
     return "\n".join(lines)
+
+
+def compared_text(run_set: RunSet, to: str | None = None) -> str:
+    """Each case of a set compared with one, in paragraphs: medians, their ratio, its interval.
+
+    :param to: the case that the others are compared with; by default the first of a live method.
+    """
+    cases = run_set.cases
+    live = (case for case in cases if case.startswith("live"))
+    first = to or next(live, cases[0] if cases else "")
+    found = [sides(run_set, run_set, case, first)[0] for case in cases if case != first]
+    return "\n\n".join(comparison_text(left, right) for left, right in found)

@@ -171,6 +171,17 @@ def df_overhead_readable(overhead: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def df_overhead_shown(run_set: RunSet) -> pd.DataFrame:
+    """What each instrument changes, for display; empty where the set varied none.
+
+    Index: instrument, and what it may change.
+    """
+    if not varied_instruments(run_set):
+        return pd.DataFrame()
+    readable = df_overhead_readable(df_overhead(run_set))
+    return readable.drop(columns="method").set_index(["instrument", "of"])
+
+
 def sampling_cost(run_set: RunSet) -> pd.DataFrame:
     """What reading the guest's progress took in the runs of a set themselves.
 

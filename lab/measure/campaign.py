@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import tempfile
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -170,6 +171,22 @@ async def measure_again(recorded: RunSet, folder: Path, *, repeats: int = 1) -> 
     plan = dataclasses.replace(plan_here(plan_of(recorded)), repeats=repeats, warmups=0)
     out = folder / recorded.name
     return await measure(plan, out, image_dir=folder, ground=survey(plan))
+
+
+async def recorded(folder: Path | str, *, live: bool = False, repeats: int = 1) -> RunSet:
+    """Load a run set; or measure its plan on this machine, into a private folder, and return that.
+
+    :param live: measure.  A set of the floor is loaded all the same: `lab floor` measures that.
+    :param repeats: boots per case, where it is measured.
+
+    :raise RunError: there is no such set, it is damaged, or its plan cannot be read any more.
+    :raise HostError: this host cannot measure it.
+    """
+    found = load_set(folder)
+    if not live or found.kind == "floor":
+        return found
+    private = Path(tempfile.mkdtemp(prefix="lab-live-"))
+    return await measure_again(found, private, repeats=repeats)
 
 
 def plan_here(plan: Plan) -> Plan:

@@ -23,9 +23,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lab
 from lab.display import text_table
 from lab.errors import HostError, LabError, UsageError
-from lab.figures.plots import stamp_text
+from lab.figures.stamp import stamp_text
 from lab.runs.methods import df_methods, df_readable
 from lab.runs.sets import load_set
 
@@ -35,6 +36,8 @@ README = NOTEBOOKS.parent / "README.md"
 README_METRICS = ("pause_ms", "duration_ms", "lost_work_ms", "fault_p50_us", "fault_p99_us")
 #: A block of a text that is made from a run set, named by its path from the text's folder.
 TABLE = re.compile(r"(<!-- table of (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+#: An image, and behind it the name of the figure that it is of.
+FIGURE = re.compile(r"!\[[^\]]*\](\([^)]*\) <!-- figure (\w+) -->)")
 CELL_TIMEOUT_S = 600
 DATA_PREFIX = "../data/"
 PARAMETERS_TAG = "parameters"
@@ -164,7 +167,8 @@ def save_figures(notebook: Path, folder: Path) -> list[Path]:
 
 def with_tables(text: str, folder: Path) -> str:
     """`text` with each block between `<!-- table of SET -->` and `<!-- end of table -->` made anew:
-    the summary of the run set SET, a path from `folder`, and what it was measured on.
+    the summary of the run set SET, a path from `folder`, and what it was measured on.  An image
+    before `<!-- figure PLOT -->` is described by the title of that figure of `lab`.
 
     :raise RunError: a set can not be read.
     """
@@ -175,7 +179,10 @@ def with_tables(text: str, folder: Path) -> str:
         stamp = stamp_text(recorded).replace(" | ", "\n")
         return f"{match[1]}```\n{shown}\n\n{stamp}\n```\n{match[3]}"
 
-    return TABLE.sub(table, text)
+    def described(match: re.Match[str]) -> str:
+        return f"![{getattr(lab, match[2]).text.title}]{match[1]}"
+
+    return FIGURE.sub(described, TABLE.sub(table, text))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

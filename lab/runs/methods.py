@@ -73,6 +73,14 @@ def df_readable(methods: pd.DataFrame, metrics: Sequence[str] = SHORT) -> pd.Dat
     return pd.DataFrame(table)
 
 
+def df_shown(runs: Iterable[Run], metrics: Sequence[str] = SHORT) -> pd.DataFrame:
+    """A row per case, for display: its median over boots with its interval, for each of `metrics`
+    (`df_readable`).  Index: the case.
+    """
+    methods = df_methods(runs)
+    return df_readable(methods, metrics).set_index(case_columns(methods))
+
+
 def _with_range(metric: Metric, middle: float, low: float, high: float) -> str:
     text = metric.shown(middle)
     if text == "-" or low == high:

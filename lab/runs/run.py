@@ -84,6 +84,14 @@ class Run:
         """What tables call the host that it was measured on."""
         return host_name(self.record.host)
 
+    def value(self, name: str) -> Any:
+        """Its method, or its value of a parameter.
+
+        :raise UsageError: there is no such parameter.
+        """
+        scenario = self.record.scenario
+        return self.record.method if name == "method" else recorded_dimension(scenario, name)
+
     @property
     def case_values(self) -> dict[str, Any]:
         """What it is a sample of, by column: its method, and its values of what was varied."""

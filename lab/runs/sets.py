@@ -39,7 +39,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +182,31 @@ class RunSet:
 
         return list(dict.fromkeys(run.case for run in sorted(runs, key=place)))
 
-    def cases_with(self, **values: Any) -> list[str]:
-        """The cases that have these values of parameters that the set varied."""
-        runs = self.measured()
-        chosen = {r.case for r in runs if all(r.dimensions.get(k) == v for k, v in values.items())}
-        return [case for case in self.cases if case in chosen]
+    def of(self, runs: Iterable[Run]) -> RunSet:
+        """This set with these of its runs alone."""
+        return RunSet(self.path, self.record, list(runs))
+
+    def only(self, **values: Any) -> RunSet:
+        """This set with the runs alone that have these values: of `method`, or of a parameter,
+        whether the set varied it or not.  Several values in a tuple: any of them.
+        """
+        chosen = {k: v if isinstance(v, tuple) else (v,) for k, v in values.items()}
+        return self.of(
+            run for run in self.runs if all(run.value(k) in some for k, some in chosen.items())
+        )
+
+    def typical(self, case: str | None = None) -> Run:
+        """The run whose duration is the (lower) median, of a case or of all: the one to show when
+        only one can be shown.
+
+        Raises RunError when none counts.
+        """
+        runs = self.measured(case)
+        if not runs:
+            what = "run" if case is None else f"run of {case}"
+            raise RunError(f"{self.name} has no {what} that counts", "choose another")
+        ordered = sorted(runs, key=lambda run: float(run.summary.get("duration_ms") or 0))
+        return ordered[(len(ordered) - 1) // 2]
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -124,7 +124,7 @@ def test_live_it_takes_less_than_ten_minutes_by_the_estimate(path: Path) -> None
     plans = [plan_of(one) for one in sets if one.kind != "floor"]
     boots = sum(len(plan.cases()) for plan in plans)
     source = "".join(text_of(cell) for cell in cells(path, "code"))
-    found = re.search(r"measure_again\(.*?repeats=(\d+)\)", source)
+    found = re.search(r"lab\.recorded\(.*?repeats=(\d+)\)", source)
     boots *= int(found[1]) if found else 1
     assert boots * TYPICAL_RUN_S < 600
 

@@ -15,7 +15,7 @@ import pytest
 
 import lab
 from lab.errors import HostError, SnapshotError
-from lab.figures.plots import stamp_text
+from lab.figures.stamp import stamp_text
 from lab.runs.sets import load_set
 from lab.scenario.machine import RamKind
 from lab.session import VM

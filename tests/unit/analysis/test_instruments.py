@@ -9,7 +9,7 @@ import pytest
 
 from lab.analysis import instruments as overhead
 from lab.errors import RunError
-from lab.figures import figures
+from lab.figures.instruments import plot_overhead, plot_sample_gaps
 from lab.measure.campaign import measure
 from lab.measure.ground import Ground
 from lab.measure.sample import Sample
@@ -86,7 +86,7 @@ async def test_what_an_instrument_finds_itself_says_nothing_about_its_cost(
 
 
 async def test_what_instruments_change_is_drawn_beside_the_noise(measured: RunSet) -> None:
-    ax = figures.overhead_figure(measured)
+    ax = plot_overhead(measured)
     labels = [label.get_text() for label in ax.get_yticklabels()]
     # A ratio that is not known has no place.
     assert "fault log: duration_ms" in labels
@@ -135,7 +135,7 @@ def test_samples_are_as_far_apart_as_they_were_before_the_request(
         own = gaps.loc[gaps["run"] == one.name, "gap_ms"]
         assert len(own) == len(before) - 1 > 100
         assert own.sum() == pytest.approx((before.iloc[-1] - before.iloc[0]) / 1e6)
-    ax = figures.sample_gaps_figure(made)
+    ax = plot_sample_gaps(made)
     assert len(ax.get_lines()) == len(made)
     assert ax.get_legend_handles_labels()[1] == ["every 1 ms"]
     for line in ax.get_lines():
@@ -147,4 +147,4 @@ def test_samples_are_as_far_apart_as_they_were_before_the_request(
 def test_a_set_without_samples_has_no_gaps(tmp_path: Path) -> None:
     made = create_set(tmp_path / "s", plan={}, host={}, binaries={}, lab={})
     assert overhead.df_sample_gaps(made).empty
-    assert not figures.sample_gaps_figure(made).get_lines()
+    assert not plot_sample_gaps(made).get_lines()

@@ -12,8 +12,11 @@ from matplotlib import pyplot as plt
 from lab.analysis import stages as anatomy
 from lab.analysis.floor import df_floor_medians
 from lab.analysis.waits import df_waits_by_method
-from lab.errors import RunError
-from lab.figures import figures, plots
+from lab.errors import RunError, UsageError
+from lab.figures.faults import plot_fault_stages
+from lab.figures.phases import plot_phase_times
+from lab.figures.varied import plot_against, plot_varied
+from lab.figures.waits import plot_waits
 from lab.report.report import render_report
 from lab.runs.cases import case_columns, df_runs
 from lab.runs.sets import RunSet, load_set
@@ -166,10 +169,10 @@ def test_a_set_of_snapshots_is_no_floor(make_synthetic_set: MakeSet) -> None:
 
 def test_the_figures_show_every_engine_that_says_something(make_synthetic_set: MakeSet) -> None:
     made = make_synthetic_set(repeats=3)
-    ax = figures.phase_times_figure(made)
+    ax = plot_phase_times(made)
     assert [label.get_text() for label in ax.get_yticklabels()][-1] == "sweep"
-    axes = figures.stages_figure(made)
-    assert [one.get_title() for one in axes] == list(anatomy.STAGES)
+    axes = plot_fault_stages(made)
+    assert [one.get_title(loc="left") for one in axes] == list(anatomy.STAGES)
     assert all(len(one.get_lines()) == 3 for one in axes)
 
 
@@ -189,9 +192,9 @@ def varied_runs() -> pd.DataFrame:
 
 
 def test_a_varied_parameter_is_drawn_in_its_order_and_what_has_no_place_is_said() -> None:
-    (ax,) = plots.plot_varied(varied_runs(), "chunk_kib", {"lost_work_ms": "lost work"})
+    (ax,) = plot_varied(varied_runs(), "chunk_kib", ["lost_work_ms"])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["256", "512", "2048"]
-    assert ax.get_title() == "lost work (2 not shown)"
+    assert ax.get_title(loc="left") == "lost work ms (2 not shown)"
     line = ax.get_lines()[-1]
     assert np.asarray(line.get_ydata()).tolist() == [1.0, 256.0, 1792.0]
 
@@ -199,7 +202,7 @@ def test_a_varied_parameter_is_drawn_in_its_order_and_what_has_no_place_is_said(
 def test_no_limit_is_drawn_beyond_the_highest_one() -> None:
     rows = varied_runs().rename(columns={"chunk_kib": "storage_mib_per_s"})
     rows["storage_mib_per_s"] = rows["storage_mib_per_s"].replace(256, 0)
-    (ax,) = plots.plot_varied(rows, "storage_mib_per_s", {"lost_work_ms": "lost work"})
+    (ax,) = plot_varied(rows, "storage_mib_per_s", ["lost_work_ms"])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["512", "2048", "unlimited"]
     numbers, no_limit = ax.get_lines()[-2:]
     assert np.asarray(numbers.get_ydata()).tolist() == [256.0, 1792.0]
@@ -211,7 +214,7 @@ def test_what_a_zero_stands_for_is_named_and_no_line_leads_to_it() -> None:
     """0 pages are as many as the engine chooses, which was drawn as the number 0."""
     rows = varied_runs().rename(columns={"chunk_kib": "fault_around_pages"})
     rows["fault_around_pages"] = rows["fault_around_pages"].replace(2048, 0)
-    (ax,) = plots.plot_varied(rows, "fault_around_pages", {"lost_work_ms": "lost work"})
+    (ax,) = plot_varied(rows, "fault_around_pages", ["lost_work_ms"])
     names = [label.get_text() for label in ax.get_xticklabels()]
     assert names == ["automatic", "256", "512"]
     numbers, automatic = ax.get_lines()[-2:]
@@ -225,7 +228,7 @@ def test_the_order_of_values_is_the_dimensions_whatever_pandas_keeps_them_as(dty
     rows = varied_runs().rename(columns={"chunk_kib": "ram_kind"})
     kinds = {2048: "hugetlb", 256: "memfd", 512: "anon"}
     rows["ram_kind"] = rows["ram_kind"].map(kinds).astype(dtype)
-    (ax,) = plots.plot_varied(rows, "ram_kind", {"lost_work_ms": "lost work"})
+    (ax,) = plot_varied(rows, "ram_kind", ["lost_work_ms"])
     names = [label.get_text() for label in ax.get_xticklabels()]
     assert names == ["anon", "memfd", "hugetlb"]
     # Nothing lies between two kinds of RAM.
@@ -233,17 +236,25 @@ def test_the_order_of_values_is_the_dimensions_whatever_pandas_keeps_them_as(dty
 
 
 def test_what_is_measured_is_drawn_against_a_number_on_log_scales() -> None:
-    (ax,) = plots.plot_against(varied_runs(), "chunk_kib", {"lost_work_ms": "lost work"})
+    (ax,) = plot_against(varied_runs(), "chunk_kib", ["lost_work_ms"])
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
-    assert ax.get_title() == "lost work (2 not shown)"
+    assert ax.get_title(loc="left") == "lost work ms (2 not shown)"
     line = ax.get_lines()[-1]
     assert np.asarray(line.get_xdata()).tolist() == [256.0, 512.0, 2048.0]
     assert np.asarray(line.get_ydata()).tolist() == [1.0, 256.0, 1792.0]
 
 
 def test_only_what_a_set_varied_can_be_drawn(make_synthetic_set: MakeSet) -> None:
-    with pytest.raises(RunError, match="varied: nothing"):
-        figures.varied_figure(make_synthetic_set(), "chunk_kib", ["lost_work_ms"])
+    made = make_synthetic_set()
+    (ax,) = plot_varied(made, "chunk_kib", ["lost_work_ms"])
+    assert not ax.get_lines()
+    assert [text.get_text() for text in ax.texts] == [
+        "chunk_kib was not varied here (varied: nothing)"
+    ]
+    with pytest.raises(UsageError, match="there is no chunk_kb to draw"):
+        plot_varied(made, "chunk_kb", ["lost_work_ms"])
+    with pytest.raises(UsageError, match="there is no lost_work to draw"):
+        plot_varied(made, "chunk_kib", ["lost_work"])
 
 
 def test_tables_of_a_set_that_varied_nothing_have_no_more_columns(
@@ -257,11 +268,9 @@ def test_tables_of_a_set_that_varied_nothing_have_no_more_columns(
 
 def test_what_a_set_varied_is_drawn_in_the_units_that_the_titles_name() -> None:
     recorded = load_set(DATA / "kvm-methods")
-    shares, rates = figures.varied_figure(
-        recorded, "accel", ["rate_after_rebuild", "baseline_ops_per_s"]
-    )
-    assert shares.get_title() == "rate after rebuild %"
-    assert rates.get_title() == "baseline Mops/s"
+    shares, rates = plot_varied(recorded, "accel", ["rate_after_rebuild", "baseline_ops_per_s"])
+    assert shares.get_title(loc="left") == "rate after rebuild %"
+    assert rates.get_title(loc="left") == "baseline Mops/s"
     for ax, scale in ((shares, (20, 300)), (rates, (0.5, 100))):
         heights = np.concatenate([np.asarray(line.get_ydata()) for line in ax.get_lines()])
         assert scale[0] < heights.min() < heights.max() < scale[1]
@@ -269,7 +278,7 @@ def test_what_a_set_varied_is_drawn_in_the_units_that_the_titles_name() -> None:
 
 def test_combinations_of_what_a_set_varied_get_a_look_each() -> None:
     recorded = load_set(DATA / "ram-kinds")
-    axes = figures.varied_figure(recorded, "ram_kind", ["pause_ms"])
+    axes = plot_varied(recorded, "ram_kind", ["pause_ms"])
     legend = axes[-1].get_legend()
     assert legend is not None
     names = [text.get_text() for text in legend.get_texts()]
@@ -278,8 +287,9 @@ def test_combinations_of_what_a_set_varied_get_a_look_each() -> None:
 
 def test_the_wait_of_the_guest_is_drawn_beside_the_handlers_part_of_it() -> None:
     recorded = load_set(DATA / "kvm-faults")
-    cases = recorded.cases_with(accel="kvm")
-    ax = figures.waits_figure(recorded, cases)
+    under_kvm = recorded.only(accel="kvm")
+    cases = under_kvm.cases
+    ax = plot_waits(under_kvm)
     assert [line.get_linestyle() for line in ax.get_lines()] == ["-", ":"] * len(cases)
     looks = [(line.get_color(), line.get_alpha()) for line in ax.get_lines()]
     assert looks[::2] == looks[1::2]

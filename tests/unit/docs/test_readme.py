@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+import lab
 from lab.report.notebooks import with_tables
 from lab.scenario.methods import METHODS
 from tests.support.paths import ROOT
@@ -65,3 +66,10 @@ def test_it_does_not_promise_that_twins_differ() -> None:
     (not_promised,) = re.findall(r"^\*\*Not promised\*\*.*$", PROMISES, re.MULTILINE)
     assert "same random numbers" in not_promised
     assert "VMGenID" in not_promised
+
+
+def test_an_image_is_described_by_the_title_of_its_figure() -> None:
+    text = "![old](a/b.png) <!-- figure plot_cost -->\n![other](c.png)\n"
+    title = lab.plot_cost.text.title
+    assert with_tables(text, ROOT) == text.replace("old", title)
+    assert "<!-- figure plot_slowdown -->" in README

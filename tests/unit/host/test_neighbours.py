@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from lab.analysis.warnings import warnings_of
-from lab.figures.plots import stamp_text
+from lab.figures.stamp import stamp_text
 from lab.host.limits import Throttled
 from lab.host.neighbours import ANOTHER_MEASUREMENT, neighbours
 from lab.host.running import StrayQemu

@@ -1,8 +1,6 @@
 """Condensed tables, comparisons and the report: numbers come from the runs, caveats are said."""
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,11 +10,10 @@ from lab.analysis.compare import Side, comparison_text, sides
 from lab.analysis.warnings import warnings_of
 from lab.display import text_table
 from lab.errors import RunError
-from lab.report.report import render_report
 from lab.runs.columns import METRICS, SUMMARY_FIELDS, definitions
 from lab.runs.methods import df_methods, df_readable
 from lab.runs.records import RunRecord
-from lab.runs.sets import RunSet, create_set, load_set
+from lab.runs.sets import RunSet
 
 MakeSet = Callable[..., RunSet]
 MakeRecord = Callable[..., RunRecord]
@@ -157,55 +154,3 @@ def test_compare_command_takes_sets_and_methods(
     error = capsys.readouterr().err
     assert error.startswith("lab: error: cannot read")
     assert error.count("\n") == 1
-
-
-def test_report_is_one_file_that_refers_to_nothing_outside(
-    make_synthetic_set: MakeSet, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = make_synthetic_set(repeats=3)
-    assert main(["report", str(made.path)]) == 0
-    path = Path(capsys.readouterr().out.strip())
-    text = path.read_text(encoding="utf-8")
-    assert path == made.path.with_name("synthetic.html")
-    assert text.count("data:image/png;base64,") == 6
-    assert not re.search(r'(?:src|href)="(?!data:)', text)
-    assert "<script" not in text
-    for must in (*SUMMARY_FIELDS, "SYNTHETIC", "made up", "0.0.0", "002-migrate-to-file", "caveat"):
-        assert must.lower() in text.lower(), must
-
-
-def test_report_says_the_same_for_the_same_set(make_synthetic_set: MakeSet) -> None:
-    made = make_synthetic_set()
-    assert render_report(made) == render_report(load_set(made.path))
-
-
-@pytest.mark.parametrize(
-    ("scenario", "says"),
-    [
-        ({"workload": {"rate_ops_per_s": 5000}}, "what those cost it is not in the lost work"),
-        ({"storage": {"storage_mib_per_s": 50}}, "at a limited rate"),
-    ],
-)
-def test_report_says_what_pacing_and_slow_storage_hide_where_there_were_any(
-    tmp_path: Path,
-    make_record: MakeRecord,
-    make_synthetic_set: MakeSet,
-    scenario: dict[str, dict[str, int]],
-    says: str,
-) -> None:
-    assert says not in render_report(make_synthetic_set())
-    made = create_set(tmp_path / "s", plan={}, host={}, binaries={}, lab={})
-    made.append(make_record("background", 0, outcome="failed", scenario=scenario), {})
-    assert says in render_report(made)
-
-
-def test_report_escapes_what_people_typed(tmp_path: Path, make_record: MakeRecord) -> None:
-    made = create_set(
-        tmp_path / "s", plan={}, host={}, binaries={}, lab={}, note="<b>mine & yours</b>"
-    )
-    made.append(make_record("background", 0, outcome="failed", reason="<i>why</i>"), {})
-    text = render_report(made)
-    assert "<b>mine" not in text
-    assert "<i>why" not in text
-    assert "&lt;b&gt;mine &amp; yours" in text
-    assert "no run that counts" in text

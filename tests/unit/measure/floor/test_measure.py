@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import pyplot as plt
 
 import lab.__main__ as command_line
 from lab.analysis.compare import sides
 from lab.analysis.floor import KEYS, df_floor, df_floor_medians, df_floor_readable, label, skipped
 from lab.errors import LabError, RunError
-from lab.figures import figures, plots
+from lab.figures.floor import plot_floor, plot_floor_bulk, plot_floor_faults
 from lab.host.probe import UffdProbe, probe_uffd
 from lab.measure.campaign import plan_of
 from lab.measure.floor import measure as floor_measure
@@ -112,17 +113,18 @@ def test_the_table_for_people_says_what_was_not_measured_and_what_failed(
 
 def test_figures_show_the_medians(made_up: RunSet) -> None:
     medians = df_floor_medians(made_up)
-    ax = plots.plot_floor(medians)
+    ax = plot_floor(medians)
     points = [line for line in ax.get_lines() if line.get_marker() == "o"]
     assert [np.asarray(line.get_xdata())[0] for line in points] == [4.0, 6000.0]
-    (bulk,) = figures.floor_figures(made_up)
+    assert plot_floor_faults.missing(made_up) == "made-up has not timed write faults"
+    bulk = plot_floor_bulk(made_up)
     points = [line for line in bulk.get_lines() if line.get_marker() == "o"]
     assert np.asarray(points[1].get_xdata())[0] == pytest.approx(3072.0)
     assert [text.get_text() for text in bulk.get_yticklabels()] == [
         "release 64 pages, anon-4k",
         "write 2 MiB, fresh, tmpfs",
     ]
-    figures.close_all()
+    plt.close("all")
 
 
 def test_the_report_on_a_floor_shows_its_table(made_up: RunSet) -> None:
