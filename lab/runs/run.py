@@ -74,10 +74,7 @@ class Run:
     @property
     def dimensions(self) -> dict[str, Any]:
         """Its values of what was varied."""
-        return {
-            name: self.host if name == "host" else recorded_dimension(self.record.scenario, name)
-            for name in self.varied
-        }
+        return {name: self.value(name) for name in self.varied}
 
     @property
     def host(self) -> str:
@@ -85,12 +82,12 @@ class Run:
         return host_name(self.record.host)
 
     def value(self, name: str) -> Any:
-        """Its method, or its value of a parameter.
+        """Its method, its host, or its value of a parameter.
 
         :raise UsageError: there is no such parameter.
         """
-        scenario = self.record.scenario
-        return self.record.method if name == "method" else recorded_dimension(scenario, name)
+        of_run = {"method": self.record.method, "host": self.host}
+        return of_run[name] if name in of_run else recorded_dimension(self.record.scenario, name)
 
     @property
     def case_values(self) -> dict[str, Any]:
