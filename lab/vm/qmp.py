@@ -84,7 +84,7 @@ class Qmp:
         except TimeoutError as error:
             raise QmpError(f"QEMU did not answer {command} within {timeout_s:g} s") from error
         except (ExecInterruptedError, StateError, EOFError, OSError) as error:
-            self._lost = True
+            self._lose()
             raise QmpError(f"QEMU went away before it answered {command}") from error
 
     async def hmp(self, command: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
@@ -154,6 +154,9 @@ class Qmp:
     async def _watch_link(self) -> None:
         while self._client.runstate is Runstate.RUNNING:
             await self._client.runstate_changed()
+        self._lose()
+
+    def _lose(self) -> None:
         self._lost = True
         self._journal.fail(QmpError("QEMU went away while an event was awaited"))
 
