@@ -227,8 +227,9 @@ def test_kvm_is_refused_where_a_linux_guest_does_not_run_under_it(
     if not said:
         check_host(Machine(ram_mib=128, accel="kvm"))
         return
-    with pytest.raises(HostError, match=rf"{said}.*; use accel=\"tcg\""):
+    with pytest.raises(HostError, match=rf"{said}.*; use accel=\"tcg\"") as caught:
         check_host(Machine(ram_mib=128, accel="kvm"))
+    assert ('or guest="micro"' in caught.value.remedy) == pvm
 
 
 def test_sizes_of_the_engine_are_named_only_where_they_differ_from_its_own() -> None:
