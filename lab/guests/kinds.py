@@ -3,10 +3,10 @@
 Each is spelled once, in `lab.scenario.workload.WorkloadKind`; its place there is its number.
 """
 
-from lab.guests import protocol
-from lab.scenario.guests import GuestLimits
+from pathlib import Path
 
-HEADER = "kinds.h"
+from lab.guests import common, protocol
+from lab.scenario.guests import GuestLimits
 
 
 def kinds_header(limits: GuestLimits) -> str:
@@ -26,3 +26,9 @@ def kinds_header(limits: GuestLimits) -> str:
             "",
         ]
     )
+
+
+def include_options(folder: Path, limits: GuestLimits) -> tuple[str, ...]:
+    """Write the header into a folder; return the options for it and for what guests share."""
+    (folder / "kinds.h").write_text(kinds_header(limits))
+    return (f"-I{folder}", f"-I{common.FOLDER}")

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from lab.errors import BuildError
 from lab.guests import common
-from lab.guests.kinds import HEADER, kinds_header
+from lab.guests.kinds import include_options, kinds_header
 from lab.guests.linux import modules, newc
 from lab.host.files import content_key
 from lab.host.tools import find_compiler, run_tool
 from lab.scenario.guests import GUEST_LIMITS
 
+_LIMITS = GUEST_LIMITS["linux"]
 _FOLDER = Path(__file__).parent
 _SOURCES = [_FOLDER / name for name in ("workload.c", "devices.c")]
 _HEADERS = [_FOLDER / "workload.h", *common.HEADERS]
@@ -59,7 +60,7 @@ def archive_path(drivers: Mapping[str, bytes]) -> Path:
         Path(_compiler()).name.encode(),
         " ".join(_CFLAGS).encode(),
         *(path.read_bytes() for path in (*_SOURCES, *_HEADERS)),
-        _kinds(),
+        kinds_header(_LIMITS).encode(),
         *code,
         *(part for name in sorted(drivers) for part in (name.encode(), drivers[name])),
     )
@@ -75,26 +76,14 @@ async def build_archive(drivers: Mapping[str, bytes], target: Path) -> None:
     compiler = _compiler()
     with tempfile.TemporaryDirectory(prefix=".initramfs-", dir=target.parent) as temporary:
         work = Path(temporary)
-        command = [
-            compiler,
-            *_CFLAGS,
-            "-I.",
-            f"-I{common.FOLDER}",
-            "-o",
-            "init",
-            *map(str, _SOURCES),
-        ]
-        (work / HEADER).write_bytes(_kinds())
+        includes = include_options(work, _LIMITS)
+        command = [compiler, *_CFLAGS, *includes, "-o", "init", *map(str, _SOURCES)]
         try:
             await run_tool(command, log=common.build_log(), cwd=work)
         except BuildError as error:
             raise BuildError(error.cause, f"{_COMPILER_REMEDY}; {error.remedy}") from error
         (work / "archive").write_bytes(initramfs_archive((work / "init").read_bytes(), drivers))
         (work / "archive").replace(target)
-
-
-def _kinds() -> bytes:
-    return kinds_header(GUEST_LIMITS["linux"]).encode()
 
 
 def _compiler() -> str:

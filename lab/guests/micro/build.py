@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lab.errors import BuildError, GuestError
 from lab.guests import common
-from lab.guests.kinds import HEADER, kinds_header
+from lab.guests.kinds import include_options, kinds_header
 from lab.guests.protocol import KINDS, ProgressPage, ReadyRecord
 from lab.host.files import content_key
 from lab.host.tools import run_tool
@@ -20,6 +20,7 @@ from lab.scenario.guests import GUEST_LIMITS
 from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
 
+_LIMITS = GUEST_LIMITS["micro"]
 _FOLDER = Path(__file__).parent
 _SOURCES = [_FOLDER / name for name in ("boot.S", "main.c", "layout.ld.S")]
 _HEADERS = [_FOLDER / name for name in ("memory.h", "processor.h")]
@@ -55,7 +56,11 @@ REFUSALS = {
 def rom_path() -> Path:
     """Return where the ROM is kept that today's sources give."""
     flags = " ".join((*_CFLAGS, *_LDFLAGS)).encode()
-    key = content_key(flags, _kinds(), *(path.read_bytes() for path in (*_SOURCES, *_HEADERS)))
+    key = content_key(
+        flags,
+        kinds_header(_LIMITS).encode(),
+        *(path.read_bytes() for path in (*_SOURCES, *_HEADERS)),
+    )
     return common.cache_folder() / f"microguest-{key}.rom"
 
 
@@ -68,10 +73,10 @@ async def compile_rom(target: Path) -> None:
     boot, main, layout = _SOURCES
     with tempfile.TemporaryDirectory(prefix=".microguest-", dir=target.parent) as temporary:
         work = Path(temporary)
-        (work / HEADER).write_bytes(_kinds())
+        includes = include_options(work, _LIMITS)
         for command in (
             ("gcc", *_CFLAGS, "-c", "-o", "boot.o", boot),
-            ("gcc", *_CFLAGS, "-I.", f"-I{common.FOLDER}", "-c", "-o", "main.o", main),
+            ("gcc", *_CFLAGS, *includes, "-c", "-o", "main.o", str(main)),
             # The script has addresses of the C code's, so it goes through the preprocessor.
             ("gcc", "-E", "-P", "-x", "assembler-with-cpp", "-o", "layout.ld", layout),
             ("ld", *_LDFLAGS, "-T", "layout.ld", "-o", "elf", "boot.o", "main.o"),
@@ -82,10 +87,6 @@ async def compile_rom(target: Path) -> None:
         if size != ROM_BYTES:
             raise BuildError(f"the microguest's ROM has {size} bytes instead of {ROM_BYTES}")
         (work / "rom").replace(target)
-
-
-def _kinds() -> bytes:
-    return kinds_header(GUEST_LIMITS["micro"]).encode()
 
 
 def parameters(machine: Machine, workload: Workload, entropy: int) -> bytes:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lab.guests import common, protocol
-from lab.guests.kinds import HEADER, kinds_header
+from lab.guests import protocol
+from lab.guests.kinds import include_options
 from lab.scenario.guests import GUEST_LIMITS, GuestKind
 from lab.scenario.workload import WorkloadKind
 
@@ -37,9 +37,8 @@ def answers(guest: GuestKind, folder: Path) -> list[str]:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
-    (folder / HEADER).write_text(kinds_header(GUEST_LIMITS[guest]))
     (folder / "main.c").write_text(PROGRAM)
-    includes = [f"-I{folder}", f"-I{common.FOLDER}"]
+    includes = include_options(folder, GUEST_LIMITS[guest])
     strict = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"]
     command = [compiler, *strict, *includes, "-o", f"{folder}/main", f"{folder}/main.c"]
     subprocess.run(command, check=True)

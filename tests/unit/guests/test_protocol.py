@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab.errors import GuestError, UsageError
-from lab.guests import common, protocol
-from lab.guests.kinds import HEADER, kinds_header
+from lab.guests import protocol
+from lab.guests.kinds import include_options
 from lab.guests.protocol import (
     HOT_PERIOD,
     KINDS,
@@ -54,10 +54,10 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiler is None:
         pytest.skip("no C compiler")
     binary = tmp_path_factory.mktemp("harness") / "harness"
-    (binary.parent / HEADER).write_text(kinds_header(GUEST_LIMITS["linux"]))
+    includes = include_options(binary.parent, GUEST_LIMITS["linux"])
     subprocess.run(
         [compiler, "-O1", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-DLAB_HOST_TEST",
-         f"-I{binary.parent}", f"-I{common.FOLDER}", "-o", str(binary), str(SOURCE)],
+         *includes, "-o", str(binary), str(SOURCE)],
         check=True,
     )  # fmt: skip
     return binary

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lab.guests import common
+from lab.guests.kinds import include_options
 from lab.guests.protocol import PAGE_BYTES, SLOW_ENTRIES, SLOW_WORDS
 from lab.instruments.slowwrites import noted_since, slow_entries
+from lab.scenario.guests import GUEST_LIMITS
 
 SOURCE = """
 #include "writers.h"
@@ -30,8 +31,8 @@ void note(uint64_t *ring, uint64_t count, uint64_t first)
 def guest_code(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("note")
     (folder / "note.c").write_text(SOURCE)
-    include = common.FOLDER
-    command = ("gcc", "-std=gnu11", "-O2", "-shared", "-fPIC", f"-I{include}", "-Wno-unused")
+    includes = include_options(folder, GUEST_LIMITS["micro"])
+    command = ("gcc", "-std=gnu11", "-O2", "-shared", "-fPIC", *includes, "-Wno-unused")
     subprocess.run([*command, "-o", folder / "note.so", folder / "note.c"], check=True)
     return ctypes.CDLL(str(folder / "note.so"))
 
