@@ -1,4 +1,4 @@
-"""The commands of ``lab``, one module each.
+"""The commands of ``lab``, one module each; `recording` is what some of them share.
 
 A command module has ``register(subparsers)``, which adds its parser by ``add_command``, with a
 handler: a function ``(args) -> int`` or ``async (args) -> int``. Modules import what is heavy
