@@ -8,11 +8,15 @@
 ...         print(again.ready.nonce)
 """
 
+import asyncio
+import contextlib
+import dataclasses
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pandas as pd
 
+from lab.instruments.instrument import Moment, Watch
 from lab.instruments.progress import ProgressSampler, sampling
 from lab.instruments.slowwrites import read_slow_writes
 from lab.instruments.threads import ThreadTimes, timing_threads
@@ -22,7 +26,7 @@ from lab.scenario.methods import Variant
 from lab.scenario.workload import Workload
 from lab.snapshot.restore import restored
 from lab.snapshot.result import Snapshot
-from lab.snapshot.take import take
+from lab.snapshot.take import prepared
 from lab.vm.boot import booted
 from lab.vm.vm import BOOT_TIMEOUT_S, RunningVM
 
@@ -92,18 +96,26 @@ class VM(RunningVM):
         :raise SnapshotError: when one is running already or it can not be completed.
         :raise HostError: when this host does not permit the method.
         """
-
-        return await take(
-            self,
-            path,
-            method,
-            fault_log=fault_log,
-            progress=progress,
-            before_s=before_s,
-            after_s=after_s,
-            storage_mib_per_s=storage_mib_per_s,
-            checksums=checksums,
+        prepare = prepared(
+            self, path, method, fault_log=fault_log, storage_mib_per_s=storage_mib_per_s
         )
+        sampler = latency = None
+        watch = Watch()
+        async with prepare as taking, contextlib.AsyncExitStack() as stack:
+            if self.workload.time_writes and self.is_ready:
+                latency = await self.write_latency()
+                latency.read()
+                watch = Watch([dict.fromkeys((Moment.REQUEST, Moment.COMPLETED), latency.read)])
+            if progress:
+                sampler = await stack.enter_async_context(self.sampling())
+                await asyncio.sleep(before_s)
+            await taking.run(watch)
+            if progress:
+                # Before the checksums are made: what they take from the guest comes after that.
+                await asyncio.sleep(after_s)
+            snapshot = await taking.publish(checksums=checksums)
+        durations = None if latency is None else latency.df()
+        return dataclasses.replace(snapshot, sampler=sampler, write_latency=durations)
 
 
 def boot(

@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 from hypothesis import settings
 
-from lab.analysis.faults import fault_summary
 from lab.analysis.slowdown import slowdown
+from lab.instruments.faultlog import fault_summary
+from lab.marks import Marks
 from lab.runs import columns
-from lab.runs.records import RUN_SCHEMA, Marks, RunRecord
+from lab.runs.records import RUN_SCHEMA, RunRecord
 from lab.runs.run import Run
 from lab.runs.sets import RunSet, create_set
 from lab.scenario.document import to_json

@@ -7,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from lab.column import three_digits
 from lab.errors import RunError
-from lab.runs.columns import COLUMNS, three_digits
+from lab.runs.columns import COLUMNS
 from lab.runs.run import Run
 from lab.runs.sets import RunSet
 from lab.scenario.floor import BENCHMARKS, RAM_KINDS, TARGETS, all_blocks

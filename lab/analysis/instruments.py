@@ -8,7 +8,6 @@ the others are on as often with it as without.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,12 @@ import pandas as pd
 
 from lab.analysis.slowdown import BASELINE_NS
 from lab.errors import RunError
+from lab.instruments.faultlog import FaultLogInstrument
+from lab.instruments.hostmemory import HostMemoryInstrument
+from lab.instruments.instrument import Instrument
+from lab.instruments.progress import ProgressInstrument
+from lab.instruments.threads import ThreadsInstrument
+from lab.instruments.writelatency import WriteLatencyInstrument
 from lab.runs.cases import df_runs
 from lab.runs.columns import METRICS
 from lab.runs.run import Run
@@ -24,32 +29,18 @@ from lab.scenario.dimensions import recorded_dimension
 from lab.stats import compare, median
 from lab.units import NS_PER_MS
 
-
-@dataclass(frozen=True, kw_only=True)
-class Instrument:
-    """One instrument: what it is called, and its parameter.
-
-    Without it is where the parameter is False, or where it is the largest number that the set has:
-    samples can not be left out, only be made rare, because cost is computed from them.  `finds` are
-    prefixes of the metrics that it makes itself, on which it can have no effect.
-    """
-
-    title: str
-    parameter: str
-    finds: tuple[str, ...] = ()
-
-
-INSTRUMENTS: Sequence[Instrument] = (
-    Instrument(title="fault log", parameter="log_faults", finds=("fault",)),
-    Instrument(
-        title="times of threads", parameter="time_threads", finds=("qemu_cpu_ms", "vcpu_wait_ms")
-    ),
-    Instrument(
-        title="host memory", parameter="read_host_memory", finds=("rss", "thp", "page_cache")
-    ),
-    Instrument(title="samples", parameter="sample_interval_us"),
-    Instrument(title="guest's clock", parameter="time_writes", finds=("stall",)),
+JUDGED: Sequence[type[Instrument]] = (
+    FaultLogInstrument,
+    ThreadsInstrument,
+    HostMemoryInstrument,
+    ProgressInstrument,
+    WriteLatencyInstrument,
 )
+"""Those that are there while a snapshot is taken, and can be left out.
+
+Without one is where its switch is False, or where it is the largest number that the set has:
+samples can not be left out, only be made rare, because cost is computed from them.
+"""
 
 COST = ("baseline_ops_per_s", "pause_ms", "duration_ms", "lost_work_ms", "qemu_cpu_ms", "faults")
 """What an instrument might change."""
@@ -67,9 +58,9 @@ def recorded_overhead() -> RunSet | None:
     return load_set(RECORDED) if (RECORDED / "set.json").exists() else None
 
 
-def varied_instruments(run_set: RunSet) -> list[Instrument]:
+def varied_instruments(run_set: RunSet) -> list[type[Instrument]]:
     """The instruments that a set was measured with and without."""
-    return [one for one in INSTRUMENTS if one.parameter in run_set.varied]
+    return [one for one in JUDGED if one.switch in run_set.varied]
 
 
 def df_overhead(run_set: RunSet, metrics: Sequence[str] = COST) -> pd.DataFrame:
@@ -96,7 +87,7 @@ def df_overhead(run_set: RunSet, metrics: Sequence[str] = COST) -> pd.DataFrame:
             of_method = [run for run in runs if run.record.method == method]
             off, on = _split(of_method, one)
             for metric in metrics:
-                if metric.startswith(one.finds):
+                if metric in (found.name for found in one.metrics):
                     continue
                 row = _row(off, on, metric)
                 if row is not None:
@@ -112,8 +103,8 @@ _COLUMNS = (
 )
 
 
-def _split(runs: Sequence[Run], one: Instrument) -> tuple[list[Run], list[Run]]:
-    values = [recorded_dimension(run.record.scenario, one.parameter) for run in runs]
+def _split(runs: Sequence[Run], one: type[Instrument]) -> tuple[list[Run], list[Run]]:
+    values = [recorded_dimension(run.record.scenario, one.switch) for run in runs]
     without = False if False in values else max(values)
     pairs = list(zip(runs, values, strict=True))
     return (

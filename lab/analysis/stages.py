@@ -13,8 +13,8 @@ import pandas as pd
 
 from lab.analysis.floor import df_floor_medians
 from lab.analysis.phases import df_phases_by_method
+from lab.column import three_digits
 from lab.runs.cases import by_case, case_columns, case_names, together
-from lab.runs.columns import three_digits
 from lab.runs.run import Run
 from lab.runs.sets import RunSet
 from lab.scenario.dimensions import DIMENSIONS, recorded_dimension

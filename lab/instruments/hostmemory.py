@@ -15,18 +15,82 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 
+from lab.column import Column, Metric
 from lab.host.memory import Residency, process_residency
-from lab.runs import columns
+from lab.instruments.instrument import Found, Instrument, Moment, Step, Taken
 
 READINGS = ("before", "after")
 
 _MIB = 1 << 20
 _VMSTAT = ("thp_split_pmd", "thp_split_page")
 _MEMINFO = {"Cached": "page_cache_bytes", "Dirty": "dirty_bytes"}
-COLUMNS = tuple(columns.COLUMNS["host_memory"])
+TABLE = (
+    Column(
+        "reading",
+        "text",
+        "",
+        "`before`: before the baseline; `after`: after progress was recorded to its end",
+    ),
+    Column("t_ns", "int64", "ns", "CLOCK_MONOTONIC at its beginning"),
+    Column("resident_bytes", "int64", "B", "memory that is mapped in the QEMU process"),
+    Column(
+        "huge_bytes",
+        "int64",
+        "B",
+        "how much of it is transparent huge pages that are mapped as such",
+    ),
+    Column(
+        "thp_split_pmd",
+        "int64",
+        "1",
+        "how often the mapping of a huge page was split, on the host since it booted",
+    ),
+    Column("thp_split_page", "int64", "1", "how often a huge page itself was split, likewise"),
+    Column(
+        "page_cache_bytes",
+        "int64",
+        "B",
+        "the host's page cache, with tmpfs and shared memory",
+    ),
+    Column("dirty_bytes", "int64", "B", "what of it has yet to be written"),
+)
+COLUMNS = tuple(column.name for column in TABLE)
+
+METRICS = (
+    Metric(
+        "rss_growth_mib",
+        "float64",
+        "MiB",
+        "memory mapped in the QEMU process, after against before; null when nobody read it, like "
+        "the next three",
+        title="RSS growth MiB",
+    ),
+    Metric(
+        "thp_lost_mib",
+        "float64",
+        "MiB",
+        "transparent huge pages mapped in it, before against after",
+        title="THP lost MiB",
+    ),
+    Metric(
+        "thp_splits",
+        "int64",
+        "1",
+        "mappings of huge pages that were split between the readings, on the whole host",
+        title="THP splits",
+    ),
+    Metric(
+        "page_cache_growth_mib",
+        "float64",
+        "MiB",
+        "the host's page cache with tmpfs and shared memory, after against before",
+        title="page cache growth MiB",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -116,3 +180,28 @@ def memory_summary(readings: pd.DataFrame | None) -> dict[str, float | int | Non
         "thp_splits": grown("thp_split_pmd"),
         "page_cache_growth_mib": mib(grown("page_cache_bytes")),
     }
+
+
+class HostMemoryInstrument(Instrument):
+    """What is left behind in the host's memory, read outside of all that is timed."""
+
+    title: ClassVar = "host memory"
+    switch: ClassVar = "read_host_memory"
+    tables: ClassVar = {"host_memory": TABLE}
+    metrics: ClassVar = METRICS
+
+    before: HostMemory
+    after: HostMemory
+
+    def steps(self) -> Mapping[Moment, Step]:
+        return {Moment.SETTLED: self._begin, Moment.BACK: self._end}
+
+    def _begin(self) -> None:
+        self.before = read_host_memory(self.vm.pid)
+
+    def _end(self) -> None:
+        self.after = read_host_memory(self.vm.pid)
+
+    def found(self, taken: Taken) -> Found:
+        table = df_host_memory(self.before, self.after)
+        return Found(tables={"host_memory": table}, figures=memory_summary(table))

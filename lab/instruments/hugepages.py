@@ -14,15 +14,53 @@ import asyncio
 import errno
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
+from lab.column import Metric
 from lab.errors import HostError
 from lab.host.memory import may_advise_others, process_madvise, process_residency
+from lab.instruments.instrument import Found, Instrument, Moment, Step, Taken, Watched
 from lab.units import NS_PER_MS, NS_PER_S
-from lab.vm.vm import RunningVM
+
+METRICS = (
+    Metric(
+        "rebuild_ms",
+        "float64",
+        "ms",
+        "how long it took to put guest RAM into huge pages again, guest running; null unless "
+        "asked for, like the next three",
+        title="THP rebuild ms",
+    ),
+    Metric(
+        "rebuilt_mib",
+        "float64",
+        "MiB",
+        "huge pages mapped in QEMU, after that against before",
+        title="THP rebuilt MiB",
+    ),
+    Metric(
+        "rate_before_rebuild",
+        "float64",
+        "1",
+        "rate in the second before it, after all else was recorded, as a share of the baseline",
+        title="rate before rebuild %",
+        scale=100.0,
+    ),
+    Metric(
+        "rate_after_rebuild",
+        "float64",
+        "1",
+        "rate in the second after it, likewise",
+        title="rate after rebuild %",
+        scale=100.0,
+    ),
+)
+
 
 _HUGE_BYTES = 2 << 20
 _MIB = 1 << 20
@@ -37,7 +75,10 @@ _NOT_THESE = (errno.EINVAL,)
 RATE_WINDOW_NS = NS_PER_S
 """How long the guest's rate is looked at, before and after."""
 
-SUMMARY = ("rebuild_ms", "rebuilt_mib", "rate_before_rebuild", "rate_after_rebuild")
+SAMPLE_MARGIN_S = 0.1
+"""Waited in addition, so that the windows of the rate lie within the samples."""
+
+SUMMARY = tuple(metric.name for metric in METRICS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +103,7 @@ def require_rebuild() -> None:
         raise _why_not(errno.EPERM)
 
 
-async def rebuild_huge_pages(vm: "RunningVM") -> Rebuilt:
+async def rebuild_huge_pages(vm: Watched) -> Rebuilt:
     """Have the kernel put all RAM of a guest into huge pages; the guest runs on.
 
     :raise HostError: the kernel can not, this process may not, or the guest's memory is none that
@@ -136,3 +177,30 @@ def rebuild_summary(
         "rate_before_rebuild": rate(rebuilt.start_ns - RATE_WINDOW_NS),
         "rate_after_rebuild": rate(rebuilt.end_ns),
     }
+
+
+class HugePagesInstrument(Instrument):
+    """The rebuild of what the snapshot split, and what it is worth: the last that is done."""
+
+    title: ClassVar = "huge pages"
+    switch: ClassVar = "rebuild_huge_pages"
+    metrics: ClassVar = METRICS
+
+    rebuilt: Rebuilt
+
+    @classmethod
+    def require(cls) -> None:
+        require_rebuild()
+
+    def steps(self) -> Mapping[Moment, Step]:
+        return {Moment.LAST: self._rebuild}
+
+    async def _rebuild(self) -> None:
+        window_s = RATE_WINDOW_NS / NS_PER_S + SAMPLE_MARGIN_S
+        await asyncio.sleep(window_s)
+        self.rebuilt = await rebuild_huge_pages(self.vm)
+        await asyncio.sleep(window_s)
+
+    def found(self, taken: Taken) -> Found:
+        baseline = taken.baseline_ops_per_s
+        return Found(figures=rebuild_summary(self.rebuilt, taken.progress, baseline))

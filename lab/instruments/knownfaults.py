@@ -16,17 +16,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
+from lab.column import Metric
 from lab.errors import GuestError
 from lab.guests.protocol import PAGE_BYTES, PAGE_MAGIC, PAGE_WORDS, WORD_MAGIC
 from lab.host.memory import write_process
-from lab.vm.qmp import Event
-from lab.vm.vm import RunningVM
+from lab.instruments.instrument import Found, Happened, Instrument, Moment, Step, Taken, Watched
+
+METRICS = (
+    Metric(
+        "known_faults_logged",
+        "int64",
+        "1",
+        "write faults in the log that the lab itself made, to compare with the `known_faults` of "
+        "the scenario; null when none were asked for",
+        title="known faults logged",
+    ),
+)
+
 
 APART_BYTES = 2 << 20
 """What an engine releases at a time at most because of one fault, by default."""
@@ -52,7 +65,7 @@ class KnownFaults:
         self.tid = 0
 
     @classmethod
-    async def find(cls, vm: RunningVM, count: int) -> KnownFaults:
+    async def find(cls, vm: Watched, count: int) -> KnownFaults:
         """Choose `count` pages of the guest's working set.
 
         :raise GuestError: the working set does not reach over so many pieces of `APART_BYTES`.
@@ -88,7 +101,7 @@ class KnownFaults:
         return cls(vm.pid, found)
 
     @contextlib.asynccontextmanager
-    async def written_on_resume(self, vm: RunningVM) -> AsyncIterator[None]:
+    async def written_on_resume(self, vm: Watched) -> AsyncIterator[None]:
         """Write to each page once, as soon as the guest goes on after its next pause; the context
         ends when that is done.  Nothing is written when the context is left by an exception before.
 
@@ -130,5 +143,39 @@ class KnownFaults:
         return sum(pair in asked for pair in zip(others["block"], others["offset"], strict=True))
 
 
-def _is_resume(event: Event) -> bool:
+def _is_resume(event: Happened) -> bool:
     return event.name == "RESUME"
+
+
+class KnownFaultsInstrument(Instrument):
+    """The fault log's known answer, compared with what it says."""
+
+    title: ClassVar = "known faults"
+    switch: ClassVar = "known_faults"
+    metrics: ClassVar = METRICS
+
+    known: KnownFaults
+
+    @contextlib.asynccontextmanager
+    async def attached(self) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as self._armed:
+            yield
+
+    def steps(self) -> Mapping[Moment, Step]:
+        return {Moment.SETTLED: self._find, Moment.ARMED: self._arm}
+
+    async def _find(self) -> None:
+        self.known = await KnownFaults.find(self.vm, self.scenario.instruments.known_faults)
+
+    async def _arm(self) -> None:
+        await self._armed.enter_async_context(self.known.written_on_resume(self.vm))
+
+    def found(self, taken: Taken) -> Found:
+        if taken.faults is None:
+            return Found()
+        spoilt = self.known.by_others(taken.faults)
+        warning = f"the guest wrote to {spoilt} of the pages of the known faults itself"
+        return Found(
+            figures={"known_faults_logged": self.known.logged(taken.faults)},
+            warnings=[warning] if spoilt else [],
+        )

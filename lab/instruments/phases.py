@@ -1,13 +1,45 @@
 """The engine's own account of a snapshot: what it did when, and how often."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 
-from lab.runs import columns
+from lab.column import Column, Metric
+from lab.instruments.instrument import Found, Instrument, Taken
 
-COLUMNS = tuple(columns.COLUMNS["phases"])
+TABLE = (
+    Column("phase", "text", "", "name of the phase, by the engine"),
+    Column("start_ns", "int64", "ns", "CLOCK_MONOTONIC at its start"),
+    Column("end_ns", "int64", "ns", "CLOCK_MONOTONIC at its end"),
+    Column("duration_ns", "int64", "ns", "end_ns - start_ns"),
+)
+COLUMNS = tuple(column.name for column in TABLE)
+
+METRICS = (
+    Metric(
+        "pages_copied",
+        "int64",
+        "1",
+        "pages that the fault thread copied aside; null where QEMU does not count them",
+        title="pages copied",
+    ),
+    Metric(
+        "buffer_max_bytes",
+        "int64",
+        "B",
+        "the most that was in the copy buffer; null likewise",
+        title="buffer max MiB",
+        scale=2.0**-20,
+    ),
+    Metric(
+        "buffer_waits",
+        "int64",
+        "1",
+        "how often faults had to wait because the copy buffer was full; null likewise",
+        title="buffer waits",
+    ),
+)
 
 
 def df_phases(query_migrate: Mapping[str, Any]) -> pd.DataFrame:
@@ -45,3 +77,18 @@ def counters(query_migrate: Mapping[str, Any]) -> dict[str, int]:
         for name, value in snapshot.items()
         if isinstance(value, int) and not isinstance(value, bool) and not name.endswith("-ns")
     }
+
+
+class PhasesInstrument(Instrument):
+    """The engine's own account, where QEMU gives one.  It is asked for nothing."""
+
+    title: ClassVar = "phases"
+    tables: ClassVar = {"phases": TABLE}
+    metrics: ClassVar = METRICS
+
+    def found(self, taken: Taken) -> Found:
+        phases = df_phases(taken.migration)
+        return Found(
+            tables={"phases": phases} if len(phases) else {},
+            figures=buffer_summary(counters(taken.migration)),
+        )

@@ -13,24 +13,40 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from lab.column import Column
 from lab.errors import GuestError, HostError
 from lab.guests.protocol import PROGRESS_OPS, PROGRESS_OPS_STRIDE
 from lab.host.memory import RemoteWindow
-from lab.runs import columns
-from lab.vm.vm import RunningVM
+from lab.instruments.instrument import Found, Instrument, Moment, Step, Taken, Watched
+from lab.units import NS_PER_MS
 
 log = logging.getLogger(__name__)
 
 INTERVAL_NS = 1_000_000
-COLUMNS = tuple(columns.COLUMNS["progress"])
+
+GAP_NS = 10 * NS_PER_MS
+"""A sampler that slept longer than this has not seen a shorter stall inside it."""
+
+TABLE = (
+    Column("t_ns", "int64", "ns", "CLOCK_MONOTONIC of the sample: middle of the read"),
+    Column(
+        "ops",
+        "int64",
+        "1",
+        "operations completed since the guest's writers started, summed over its threads",
+    ),
+    Column("read_ns", "int64", "ns", "how long the read of the guest's page took"),
+)
+COLUMNS = tuple(column.name for column in TABLE)
+
 _CHUNK_ROWS = 1 << 14
 _WORD = 8
 
@@ -136,7 +152,7 @@ class ProgressSampler:
 
 
 @contextlib.asynccontextmanager
-async def sampling(vm: RunningVM, interval_us: int = 1000) -> AsyncIterator[ProgressSampler]:
+async def sampling(vm: Watched, interval_us: int = 1000) -> AsyncIterator[ProgressSampler]:
     """Sample the guest's progress every `interval_us` while the context lasts.
 
     :raise HostError: when this process may not read QEMU's memory.
@@ -146,3 +162,60 @@ async def sampling(vm: RunningVM, interval_us: int = 1000) -> AsyncIterator[Prog
         vm.pid, address, threads=vm.ready.threads, interval_ns=interval_us * 1000
     ) as sampler:
         yield sampler
+
+
+def sampler_warnings(
+    progress: pd.DataFrame, request_ns: int, end_ns: int, gap_ns: int = GAP_NS
+) -> list[str]:
+    """What the sampler did not see: where two samples are more than `gap_ns` apart."""
+    inside = progress[(progress["t_ns"] >= request_ns) & (progress["t_ns"] <= end_ns)]
+    gaps = np.diff(inside["t_ns"].to_numpy())
+    slept = int((gaps > gap_ns).sum())
+    if not slept:
+        return []
+    longest_ms = gaps.max() / NS_PER_MS
+    limit_ms = gap_ns / NS_PER_MS
+    return [
+        f"the progress sampler slept {slept} times over {limit_ms:g} ms, "
+        f"{longest_ms:.0f} ms at most"
+    ]
+
+
+class ProgressInstrument(Instrument):
+    """The guest's speed.  It always looks, because cost is computed from it."""
+
+    title: ClassVar = "samples"
+    switch: ClassVar = "sample_interval_us"
+    tables: ClassVar = {"progress": TABLE}
+
+    sampler: ProgressSampler
+    table: pd.DataFrame
+    """The samples until the old rate was back."""
+
+    @contextlib.asynccontextmanager
+    async def attached(self) -> AsyncIterator[None]:
+        interval_us = self.scenario.instruments.sample_interval_us
+        async with sampling(self.vm, interval_us) as self.sampler:
+            yield
+
+    def steps(self) -> Mapping[Moment, Step]:
+        return {Moment.BACK: self._keep}
+
+    def _keep(self) -> None:
+        self.table = self.sampler.df()
+
+    def since(self, first_ns: int) -> pd.DataFrame:
+        """Return the table from a first instant on, and leave out what is before it."""
+        self.table = self.table[self.table["t_ns"] >= first_ns].reset_index(drop=True)
+        return self.table
+
+    def found(self, taken: Taken) -> Found:
+        marks = taken.marks
+        gap_ns = max(GAP_NS, 3000 * self.scenario.instruments.sample_interval_us)
+        last_ns = marks.back_ns or marks.end_ns
+        assert marks.request_ns is not None
+        assert last_ns is not None
+        return Found(
+            tables={"progress": self.table},
+            warnings=sampler_warnings(self.table, marks.request_ns, last_ns, gap_ns),
+        )

@@ -14,18 +14,40 @@ What it costs: what timing operations costs, and for a slow one a few stores to 
 faults once a snapshot.
 """
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 import pandas as pd
 
+from lab.column import Column
 from lab.errors import GuestError, UsageError
 from lab.guests.protocol import PAGE_BYTES, SLOW_ENTRIES, SLOW_WORDS, U64, LatencyPage
-from lab.runs import columns
-from lab.vm.vm import RunningVM
+from lab.instruments.instrument import Found, Instrument, Moment, Step, Taken, Watched
+from lab.scenario.guests import GUEST_LIMITS
+from lab.scenario.scenario import Scenario
 
-COLUMNS = tuple(columns.COLUMNS["slow_writes"])
+TABLE = (
+    Column(
+        "thread",
+        "int64",
+        "",
+        "index of the writer, which is that of its vCPU modulo the vCPUs",
+    ),
+    Column("op", "int64", "1", "which of the writer's operations it was, from 1"),
+    Column("offset", "int64", "B", "offset of its page in the guest's main RAM block"),
+    Column(
+        "start_ns",
+        "int64",
+        "ns",
+        "when it began, by the guest's clock, which has its own zero",
+    ),
+    Column("latency_ns", "int64", "ns", "how long it took, by the same clock"),
+)
+COLUMNS = tuple(column.name for column in TABLE)
 
 
-async def read_slow_writes(vm: "RunningVM") -> pd.DataFrame:
+async def read_slow_writes(vm: Watched) -> pd.DataFrame:
     """Return the slow operations that a guest remembers, oldest first.
 
     Columns: `thread` of the writer; `op` its how many-th operation, from 1; `offset` of the page in
@@ -83,3 +105,31 @@ def slow_entries(octets: bytes) -> U64:
 
 def _ns(ticks: U64, ticks_per_ns: float) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
     return np.round(ticks.astype(np.int64) / ticks_per_ns).astype(np.int64)
+
+
+class SlowWritesInstrument(Instrument):
+    """The slow operations of a guest that times them and notes the slow ones."""
+
+    title: ClassVar = "slow writes"
+    switch: ClassVar = "time_writes"
+    tables: ClassVar = {"slow_writes": TABLE}
+
+    before: pd.DataFrame
+    after: pd.DataFrame
+
+    @classmethod
+    def is_asked(cls, scenario: Scenario) -> bool:
+        limits = GUEST_LIMITS[scenario.machine.guest]
+        return super().is_asked(scenario) and limits.notes_slow_writes
+
+    def steps(self) -> Mapping[Moment, Step]:
+        return {Moment.READY: self._begin, Moment.TAKEN: self._end}
+
+    async def _begin(self) -> None:
+        self.before = await read_slow_writes(self.vm)
+
+    async def _end(self) -> None:
+        self.after = await read_slow_writes(self.vm)
+
+    def found(self, taken: Taken) -> Found:
+        return Found(tables={"slow_writes": noted_since(self.before, self.after)})

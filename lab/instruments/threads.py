@@ -31,16 +31,62 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 import pandas as pd
 
-from lab.runs import columns
-from lab.vm.vm import RunningVM
+from lab.column import Column, Metric
+from lab.instruments.instrument import WINDOWS, Found, Instrument, Moment, Step, Taken, Watched
 
 log = logging.getLogger(__name__)
 
-COLUMNS = tuple(columns.COLUMNS["threads"])
+TABLE = (
+    Column(
+        "window",
+        "text",
+        "",
+        "`before`: from a second before the request; `during`: request until completion, "
+        "of an ordinary migration until the guest runs on",
+    ),
+    Column(
+        "thread",
+        "text",
+        "",
+        "`vCPU` and its index, `main loop`, `snapshot thread`, `fault thread`, QEMU's "
+        "own name of any other; `ended`: all threads that ended, after the last look at "
+        "each",
+    ),
+    Column("tid", "int64", "", "the host's id of the thread; NA for `ended`"),
+    Column("cpu_ns", "int64", "ns", "CPU time"),
+    Column(
+        "wait_ns",
+        "int64",
+        "ns",
+        "how long it could have run and waited for a CPU; NA for `ended`",
+    ),
+    Column("window_ns", "int64", "ns", "length of the window"),
+)
+COLUMNS = tuple(column.name for column in TABLE)
+
+METRICS = (
+    Metric(
+        "qemu_cpu_ms",
+        "float64",
+        "ms",
+        "CPU time of QEMU's threads other than vCPUs, in the window `during` of the threads; "
+        "null when nobody looked at them",
+        title="QEMU CPU ms",
+    ),
+    Metric(
+        "vcpu_wait_ms",
+        "float64",
+        "ms",
+        "how long vCPUs could have run and waited for a CPU of the host meanwhile, summed over "
+        "vCPUs; null likewise",
+        title="vCPU wait ms",
+    ),
+)
+
 
 INTERVAL_NS = 10_000_000
 
@@ -202,7 +248,7 @@ class ThreadTimes:
             }
             self.readings.append(Reading(t_ns, total_ns, threads))
 
-    def df(self, windows: Sequence[str]) -> pd.DataFrame | None:
+    def df(self, windows: Sequence[str] = WINDOWS) -> pd.DataFrame | None:
         """Return what was used between the readings, one window between each two; None where the
         kernel does not count, or a reading is missing because the process was gone.
 
@@ -284,7 +330,37 @@ def thread_summary(threads: pd.DataFrame | None) -> dict[str, float | None]:
 
 
 @contextlib.asynccontextmanager
-async def timing_threads(vm: RunningVM) -> AsyncIterator[ThreadTimes]:
+async def timing_threads(vm: Watched) -> AsyncIterator[ThreadTimes]:
     """Look at the times of QEMU's threads while the context lasts."""
     with ThreadTimes(vm.pid, await vm.vcpu_threads()) as times:
         yield times
+
+
+class ThreadsInstrument(Instrument):
+    """The times of QEMU's threads, from a second before the request until the guest runs on.
+
+    Threads are read after the guest's durations, and after an ordinary migration only when the
+    guest goes on, so as not to make the pause longer.
+    """
+
+    title: ClassVar = "times of threads"
+    switch: ClassVar = "time_threads"
+    tables: ClassVar = {"threads": TABLE}
+    metrics: ClassVar = METRICS
+
+    times: ThreadTimes
+
+    @contextlib.asynccontextmanager
+    async def attached(self) -> AsyncIterator[None]:
+        async with timing_threads(self.vm) as self.times:
+            yield
+
+    def steps(self) -> Mapping[Moment, Step]:
+        return dict.fromkeys((Moment.BASELINE, Moment.REQUEST, Moment.RUNNING), self.times.read)
+
+    def found(self, taken: Taken) -> Found:
+        table = self.times.df()
+        if table is None:
+            unknown = "the times of QEMU's threads are unknown: the kernel does not count them"
+            return Found(warnings=[unknown])
+        return Found(tables={"threads": table}, figures=thread_summary(table))

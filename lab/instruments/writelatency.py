@@ -16,20 +16,55 @@ it, and five pages a writer that are written all the time.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from lab.column import Column, Metric
 from lab.errors import GuestError, UsageError
 from lab.guests.protocol import LATENCY_BUCKETS, PAGE_BYTES, LatencyPage, latency_bounds_ticks
 from lab.host.memory import RemoteWindow
-from lab.runs import columns
-from lab.vm.vm import RunningVM
+from lab.instruments.instrument import WINDOWS, Found, Instrument, Moment, Step, Taken, Watched
 
-COLUMNS = tuple(columns.COLUMNS["write_latency"])
+TABLE = (
+    Column(
+        "window",
+        "text",
+        "",
+        "`before`: from a second before the request; `during`: request until completion",
+    ),
+    Column("low_ns", "int64", "ns", "shortest duration of an operation that is counted here"),
+    Column("high_ns", "int64", "ns", "duration from which on it is counted in the next bucket"),
+    Column("ops", "int64", "1", "operations that took so long, summed over the guest's writers"),
+)
+COLUMNS = tuple(column.name for column in TABLE)
+
+METRICS = (
+    Metric(
+        "stalls",
+        "int64",
+        "1",
+        "guest operations between request and completion that took longer than 4 us by the "
+        "guest's clock; null unless the guest timed them",
+        title="stalls > 4 µs",
+    ),
+    Metric(
+        "stall_sum_ms",
+        "float64",
+        "ms",
+        "all of these together, summed over the guest's writers",
+        title="stall sum ms",
+    ),
+    Metric("stall_p50_us", "float64", "us", "median of them", title="stall p50 µs"),
+    Metric("stall_p99_us", "float64", "us", "99 % quantile of the same", title="stall p99 µs"),
+    Metric("stall_p999_us", "float64", "us", "99.9 % quantile of the same", title="stall p99.9 µs"),
+    Metric("stall_max_us", "float64", "us", "longest of the same", title="stall max µs"),
+)
+
 
 STALL_NS = 4_000
 """An operation that took longer was held up: undisturbed ones take less than a tenth of that."""
@@ -79,7 +114,7 @@ class WriteLatency:
             raise GuestError(f"the durations can not be read: {error.strerror}") from error
         self.readings.append(Reading(t_ns, total))
 
-    def df(self, windows: Sequence[str]) -> pd.DataFrame:
+    def df(self, windows: Sequence[str] = WINDOWS) -> pd.DataFrame:
         """Return what was counted between the readings, one window between each two.
 
         Columns: `window` its name; `low_ns` and `high_ns`, what the bucket holds, the latter not
@@ -150,7 +185,7 @@ def stall_summary(durations: pd.DataFrame | None) -> dict[str, float | int | Non
     return figures
 
 
-async def write_latency(vm: RunningVM) -> WriteLatency:
+async def write_latency(vm: Watched) -> WriteLatency:
     """Return the reader of how long the guest's operations take.
 
     :raise UsageError: when the guest was not asked to time them.
@@ -162,3 +197,28 @@ async def write_latency(vm: RunningVM) -> WriteLatency:
     page = LatencyPage.decode(vm.read_host(address, PAGE_BYTES), progress.threads)
     buckets = [[await vm.host_address(gpa) for gpa in of_thread] for of_thread in page.gpas]
     return WriteLatency(vm.pid, address, buckets)
+
+
+class WriteLatencyInstrument(Instrument):
+    """How long operations took, of a guest that times them: that is another workload."""
+
+    title: ClassVar = "guest's clock"
+    switch: ClassVar = "time_writes"
+    tables: ClassVar = {"write_latency": TABLE}
+    metrics: ClassVar = METRICS
+
+    latency: WriteLatency
+
+    def steps(self) -> Mapping[Moment, Step]:
+        timed = (Moment.BASELINE, Moment.REQUEST, Moment.COMPLETED)
+        return {Moment.READY: self._begin} | dict.fromkeys(timed, self._read)
+
+    async def _begin(self) -> None:
+        self.latency = await write_latency(self.vm)
+
+    def _read(self) -> None:
+        self.latency.read()
+
+    def found(self, taken: Taken) -> Found:
+        table = self.latency.df()
+        return Found(tables={"write_latency": table}, figures=stall_summary(table))

@@ -18,37 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pandas as pd
 
-from lab.analysis.faults import fault_summary
 from lab.analysis.slowdown import BASELINE_NS, slowdown
 from lab.errors import LabError
 from lab.host.limits import Limits, ThrottleCount, Throttled
 from lab.host.neighbours import Neighbours, neighbours
 from lab.host.room import require_room
 from lab.host.workdir import private_folder
-from lab.instruments.hostmemory import df_host_memory, memory_summary, read_host_memory
-from lab.instruments.hugepages import (
-    RATE_WINDOW_NS,
-    rebuild_huge_pages,
-    rebuild_summary,
-    require_rebuild,
-)
-from lab.instruments.knownfaults import KnownFaults
-from lab.instruments.phases import buffer_summary
-from lab.instruments.slowwrites import noted_since
-from lab.instruments.threads import thread_summary
-from lab.instruments.writelatency import stall_summary
+from lab.instruments import INSTRUMENTS
+from lab.instruments.instrument import Moment, Taken, watching
+from lab.instruments.progress import ProgressInstrument
+from lab.marks import Marks
 from lab.measure.hostwarm import WarmMemory
-from lab.measure.settle import POLL_S, record_tail, settle
-from lab.runs.records import Marks, Outcome
+from lab.measure.settle import record_tail, settle
+from lab.runs.records import Outcome
 from lab.scenario.scenario import Scenario
 from lab.session import VM, boot
-from lab.snapshot.result import WINDOWS
 from lab.snapshot.sidecar import sidecar_path
 from lab.snapshot.take import take
-from lab.units import NS_PER_MS, NS_PER_S
+from lab.units import NS_PER_S
 from lab.verify.oracle import verify_method
 from lab.vm.ram import mount_of
 
@@ -56,9 +45,6 @@ log = logging.getLogger(__name__)
 
 # Recorded before the baseline's second, so that it lies within the samples.
 BASELINE_MARGIN_S = 0.1
-
-# A sampler that slept longer than this has not seen a shorter stall inside it.
-SAMPLER_GAP_NS = 10 * NS_PER_MS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,23 +92,6 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def sampler_warnings(
-    progress: pd.DataFrame, request_ns: int, end_ns: int, gap_ns: int = SAMPLER_GAP_NS
-) -> list[str]:
-    """What the sampler did not see: where two samples are more than `gap_ns` apart."""
-    inside = progress[(progress["t_ns"] >= request_ns) & (progress["t_ns"] <= end_ns)]
-    gaps = np.diff(inside["t_ns"].to_numpy())
-    slept = int((gaps > gap_ns).sum())
-    if not slept:
-        return []
-    longest_ms = gaps.max() / NS_PER_MS
-    limit_ms = gap_ns / NS_PER_MS
-    return [
-        f"the progress sampler slept {slept} times over {limit_ms:g} ms, "
-        f"{longest_ms:.0f} ms at most"
-    ]
-
-
 def held_back(throttled: Throttled | None, beside: Neighbours) -> dict[str, Any]:
     """What a run records of what held it back: the limits in force, how often it had no CPU time
     left (None: it has no quota), and who measured beside it.
@@ -168,12 +137,11 @@ async def take_sample(
 
     :raise LabError: anything that kept the snapshot from being taken; nothing is left running.
     """
-    # Both are heavy, and tests of campaigns boot nothing.
-
     machine, workload = scenario.machine, scenario.workload
     check_room(image.parent, machine.ram_mib)
-    if scenario.instruments.rebuild_huge_pages:
-        require_rebuild()
+    for instrument in INSTRUMENTS:
+        if instrument.is_asked(scenario):
+            instrument.require()
     host = {"image_filesystem": filesystem_of(image.parent)}
     if warm is not None:
         warm.make_room(machine.ram_mib)
@@ -195,87 +163,50 @@ async def take_sample(
 
 
 async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> Sample:
-
-    warnings = []
-    instruments = scenario.instruments
+    progress = ProgressInstrument(vm, scenario)
+    others = [one for one in INSTRUMENTS if one is not ProgressInstrument]
+    instruments = [progress, *(one(vm, scenario) for one in others if one.is_asked(scenario))]
     async with contextlib.AsyncExitStack() as stack:
         beside = stack.enter_context(neighbours(vm.pid))
-        sampling = vm.sampling(instruments.sample_interval_us)
-        sampler = await stack.enter_async_context(sampling)
-        threads = None
-        if instruments.time_threads:
-            threads = await stack.enter_async_context(vm.timing_threads())
-        unsettled = await settle(sampler)
-        if unsettled:
-            warnings.append(unsettled)
-        known = None
-        if instruments.known_faults:
-            known = await KnownFaults.find(vm, instruments.known_faults)
-        memory = read_host_memory(vm.pid) if instruments.read_host_memory else None
-        latency = await vm.write_latency() if scenario.workload.time_writes else None
-        notes = latency is not None and scenario.machine.guest == "micro"
-        slow_before = await vm.slow_writes() if notes else None
+        watch = await stack.enter_async_context(watching(instruments))
+        unsettled = await settle(progress.sampler)
+        await watch.at(Moment.SETTLED)
+        await watch.at(Moment.READY)
         throttle = ThrottleCount(vm.pid)
         with no_garbage_collection():
             await warm.hold(scenario.machine.ram_mib)
-            if latency is not None:
-                latency.read()
-            if threads is not None:
-                threads.read()
+            await watch.at(Moment.BASELINE)
             await asyncio.sleep(BASELINE_NS / NS_PER_S + BASELINE_MARGIN_S)
             warm.release()
-            if known is not None:
-                await stack.enter_async_context(known.written_on_resume(vm))
+            await watch.at(Moment.ARMED)
             snapshot = await take(
                 vm,
                 image,
                 scenario.method,
-                fault_log=instruments.log_faults,
+                watch=watch,
+                fault_log=scenario.instruments.log_faults,
                 storage_mib_per_s=scenario.storage.storage_mib_per_s,
-                sampler=sampler,
-                latency=latency,
-                threads=threads,
             )
-            slow = await vm.slow_writes() if notes else None
-            await record_tail(sampler, snapshot.request_ns, snapshot.end_ns)
+            await watch.at(Moment.TAKEN)
+            await record_tail(progress.sampler, snapshot.request_ns, snapshot.end_ns)
         throttled = throttle.so_far()
-        progress = sampler.df()
-        after = read_host_memory(vm.pid) if memory is not None else None
-        rebuilt = None
-        if instruments.rebuild_huge_pages:
-            await asyncio.sleep(RATE_WINDOW_NS / NS_PER_S + POLL_S)
-            rebuilt = await rebuild_huge_pages(vm)
-            await asyncio.sleep(RATE_WINDOW_NS / NS_PER_S + POLL_S)
-        whole = sampler.df()
-    first = snapshot.request_ns - BASELINE_NS - round(BASELINE_MARGIN_S / 2 * NS_PER_S)
-    progress = progress[progress["t_ns"] >= first].reset_index(drop=True)
-    cost = slowdown(progress, request_ns=snapshot.request_ns, end_ns=snapshot.end_ns)
-    gap_ns = max(SAMPLER_GAP_NS, 3000 * instruments.sample_interval_us)
-    last_ns = cost.back_ns or snapshot.end_ns
-    warnings += sampler_warnings(progress, snapshot.request_ns, last_ns, gap_ns)
-    tables = {"progress": progress}
-    phases = snapshot.df_phases()
-    if len(phases):
-        tables["phases"] = phases
-    if snapshot.write_latency is not None:
-        tables["write_latency"] = snapshot.write_latency
-    if slow is not None and slow_before is not None:
-        tables["slow_writes"] = noted_since(slow_before, slow)
-    thread_times = None if threads is None else threads.df(WINDOWS)
-    if thread_times is not None:
-        tables["threads"] = thread_times
-    elif threads is not None:
-        warnings.append("the times of QEMU's threads are unknown: the kernel does not count them")
-    if memory is not None and after is not None:
-        tables["host_memory"] = df_host_memory(memory, after)
+        await watch.at(Moment.BACK)
+        await watch.at(Moment.LAST)
+        whole = progress.sampler.df()
+    first_ns = snapshot.request_ns - BASELINE_NS - round(BASELINE_MARGIN_S / 2 * NS_PER_S)
+    cost = slowdown(
+        progress.since(first_ns), request_ns=snapshot.request_ns, end_ns=snapshot.end_ns
+    )
     log_ = snapshot.fault_log
-    if log_ is not None:
-        tables["faults"] = log_.df
-        if log_.dropped:
-            warnings.append(f"the fault log dropped {log_.dropped} faults")
-        if known is not None and (spoilt := known.by_others(log_.df)):
-            warnings.append(f"the guest wrote to {spoilt} of the pages of the known faults itself")
-    figures = {
+    taken = Taken(
+        marks=msgspec.structs.replace(snapshot.marks, back_ns=cost.back_ns),
+        migration=snapshot.migration,
+        faults=None if log_ is None else log_.df,
+        faults_dropped=0 if log_ is None else log_.dropped,
+        baseline_ops_per_s=cost.baseline_ops_per_s,
+        progress=whole,
+    )
+    figures: dict[str, Any] = {
         "setup_ms": snapshot.setup_ms,
         "pause_ms": snapshot.pause_ms,
         "duration_ms": snapshot.duration_ms,
@@ -287,22 +218,17 @@ async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> S
         "recovery_ms": cost.recovery_ms,
         "back_capped": cost.back_capped,
     }
-    figures |= fault_summary(None if log_ is None else log_.df)
-    if known is not None and log_ is not None:
-        figures["known_faults_logged"] = known.logged(log_.df)
-    figures |= buffer_summary(snapshot.counters) | stall_summary(snapshot.write_latency)
-    figures |= thread_summary(thread_times) | memory_summary(tables.get("host_memory"))
-    figures |= rebuild_summary(rebuilt, whole, cost.baseline_ops_per_s)
+    figures |= {metric.name: None for one in INSTRUMENTS for metric in one.metrics}
+    tables: dict[str, pd.DataFrame] = {}
+    warnings = [unsettled] if unsettled else []
+    for found in [one.found(taken) for one in instruments]:
+        figures |= found.figures
+        tables |= found.tables
+        warnings += found.warnings
     return Sample(
         outcome="ok",
         figures=figures,
-        marks=Marks(
-            request_ns=snapshot.request_ns,
-            stop_ns=snapshot.stop_ns,
-            resume_ns=snapshot.resume_ns,
-            end_ns=snapshot.end_ns,
-            back_ns=cost.back_ns,
-        ),
+        marks=taken.marks,
         tables=tables,
         host=held_back(throttled, beside),
         warnings=(*warnings, *held_back_warnings(throttled, beside)),

@@ -7,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from lab.column import Metric
 from lab.runs.cases import by_case, case_columns, df_runs
-from lab.runs.columns import METRICS, SHORT, Metric
+from lab.runs.columns import METRICS, SHORT
 from lab.runs.run import Run
 from lab.scenario.dimensions import DIMENSIONS
 from lab.stats import median, quantile_interval

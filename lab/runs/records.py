@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 
+from lab.marks import Marks
 from lab.records import Schema, encode
 
 Outcome = Literal["ok", "failed", "undecided"]
@@ -31,23 +32,6 @@ class TableRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     file: str
     rows: int
     columns: list[ColumnRecord]
-
-
-class Marks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Instants of the host's CLOCK_MONOTONIC, in ns; null when the run did not get there.
-
-    request: just before the command that starts the snapshot was sent.
-    stop, resume: when QEMU stamped its STOP and RESUME events.
-    end: when QEMU reported the migration completed.
-    back: from when the guest ran at its old rate again (`lab.analysis.slowdown.slowdown` defines
-        it).
-    """
-
-    request_ns: int | None = None
-    stop_ns: int | None = None
-    resume_ns: int | None = None
-    end_ns: int | None = None
-    back_ns: int | None = None
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

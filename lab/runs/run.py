@@ -16,9 +16,9 @@ from lab.display import html_row
 from lab.errors import RunError
 from lab.host.files import sha256_of
 from lab.host.limits import Throttled
+from lab.marks import with_marks
 from lab.runs import sealed
 from lab.runs.columns import COLUMNS, METRICS, SHORT
-from lab.runs.marks import with_marks
 from lab.runs.records import RUN, ColumnRecord, RunRecord, TableRecord
 from lab.scenario.dimensions import case_name, recorded_dimension
 
@@ -168,15 +168,7 @@ class Run:
         """A stored table that names the case and the instants in its `attrs`, so that
         `lab.plot_*` draw it as it is.
         """
-        marks = self.record.marks
-        return with_marks(
-            self.df(table),
-            case=self.case_values,
-            request_ns=marks.request_ns,
-            stop_ns=marks.stop_ns,
-            resume_ns=marks.resume_ns,
-            end_ns=marks.end_ns,
-        )
+        return with_marks(self.df(table), self.case_values, self.record.marks)
 
     def df_phases(self) -> pd.DataFrame:
         """Phases of the snapshot, by the engine's own clock."""

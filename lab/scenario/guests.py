@@ -27,6 +27,7 @@ class GuestLimits:
     :param page_kib: sizes of the pages by which it can map its working set.
     :param vcpu_per_writer: whether each writer needs a vCPU of its own.
     :param idle_has_working_set: whether the working set takes RAM when nothing writes to it.
+    :param notes_slow_writes: whether one that times its operations notes each slow one.
     :param runs_under_pvm: whether it boots under a KVM that is PVM.
     """
 
@@ -39,6 +40,7 @@ class GuestLimits:
     page_kib: tuple[int, ...] = (4,)
     vcpu_per_writer: bool = False
     idle_has_working_set: bool = False
+    notes_slow_writes: bool = False
     runs_under_pvm: bool = False
 
 
@@ -61,6 +63,7 @@ GUEST_LIMITS: Mapping[GuestKind, GuestLimits] = types.MappingProxyType(
             page_kib=(4, 2048),
             vcpu_per_writer=True,
             idle_has_working_set=True,
+            notes_slow_writes=True,
             runs_under_pvm=True,
         ),
     }

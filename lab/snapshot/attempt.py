@@ -16,15 +16,14 @@ from lab.host.limits import process_limit
 from lab.host.room import room_bytes
 from lab.host.room import said as room_said
 from lab.instruments.faultlog import FaultLog, read_fault_log
+from lab.instruments.instrument import Moment, Watch
 from lab.instruments.phases import counters
-from lab.instruments.progress import ProgressSampler
-from lab.instruments.threads import ThreadTimes
-from lab.instruments.writelatency import WriteLatency
+from lab.marks import Marks
 from lab.scenario.methods import MAPPED_RAM, Method
 from lab.snapshot.image import file_channel
 from lab.snapshot.mechanisms import mechanism_of
 from lab.snapshot.mechanisms.base import ENDED, LIVE_STATES, Hold, until
-from lab.snapshot.result import WINDOWS, Snapshot
+from lab.snapshot.result import Snapshot
 from lab.snapshot.room import FSIZE_REMEDY
 from lab.snapshot.throttle import LimitedStorage
 from lab.vm.qmp import Event
@@ -68,8 +67,6 @@ class Attempt:
         storage_mib_per_s: int,
         hold: Hold | None,
         log_faults: bool,
-        latency: WriteLatency | None,
-        threads: ThreadTimes | None,
     ) -> None:
         self.vm = vm
         self.how = how
@@ -77,8 +74,6 @@ class Attempt:
         self.storage = storage
         self.storage_mib_per_s = storage_mib_per_s
         self.hold = hold
-        self.latency = latency
-        self.threads = threads
         self.mechanism = mechanism_of(how, vm.binary.variant)
         self.fault_log_path = (
             vm.process.workdir / "faults.bin" if log_faults and self.mechanism.logs_faults else None
@@ -94,7 +89,7 @@ class Attempt:
         self.migration: dict[str, Any] = {}
         self.fault_log: FaultLog | None = None
 
-    async def run(self) -> None:
+    async def run(self, watch: Watch) -> None:
         vm = self.vm
         state = await vm.status()
         self.was_running = state in LIVE_STATES
@@ -103,15 +98,14 @@ class Attempt:
         try:
             await self._prepare()
             self.since = len(vm.qmp.events)
-            self._read_latency()
-            self._read_threads()
+            await watch.at(Moment.REQUEST)
             self.ready_at_request = vm.ready if vm.is_ready else None
             self.request_ns = time.monotonic_ns()
             await self.mechanism.request(vm, self._migrate, self.hold, self.was_running)
             self.completed = await self._await_bounded_end()
-            self._read_latency()
+            await watch.at(Moment.COMPLETED)
             await self.mechanism.finish(vm, self.hold, self.was_running)
-            self._read_threads()
+            await watch.at(Moment.RUNNING)
             await self._settle()
             if self.storage is not None:
                 await self.storage.finish()
@@ -129,14 +123,6 @@ class Attempt:
             if isinstance(error, QmpError):
                 raise SnapshotError(f"{self.how.name}: {error.cause}", error.remedy) from error
             raise
-
-    def _read_latency(self) -> None:
-        if self.latency is not None:
-            self.latency.read()
-
-    def _read_threads(self) -> None:
-        if self.threads is not None:
-            self.threads.read()
 
     async def _migrate(self) -> None:
         channels = file_channel(self.partial) if self.storage is None else _IMAGE_CHANNEL
@@ -285,7 +271,7 @@ class Attempt:
                 return None
         return self.ready_at_request
 
-    def result(self, image: Path, size: int, sampler: ProgressSampler | None) -> Snapshot:
+    def result(self, image: Path, size: int) -> Snapshot:
         assert self.completed is not None
         events = self.vm.qmp.events[self.since :]
         stop = next((e for e in events if e.name == "STOP"), None)
@@ -298,17 +284,17 @@ class Attempt:
             machine=self.vm.machine,
             workload=self.vm.workload,
             binary=self.vm.binary,
-            request_ns=self.request_ns,
-            stop_ns=self._monotonic_ns(stop),
-            resume_ns=self._monotonic_ns(resume),
-            end_ns=self.completed.time_us * 1000 - self.clock_offset_ns,
+            marks=Marks(
+                request_ns=self.request_ns,
+                stop_ns=self._monotonic_ns(stop),
+                resume_ns=self._monotonic_ns(resume),
+                end_ns=self._monotonic_ns(self.completed),
+            ),
             image_bytes=size,
             counters=counters(self.migration),
-            write_latency=None if self.latency is None else self.latency.df(WINDOWS),
             storage_mib_per_s=self.storage_mib_per_s,
             migration=self.migration,
             fault_log=self.fault_log,
-            sampler=sampler,
         )
 
     def _monotonic_ns(self, event: Event | None) -> int | None:

@@ -27,21 +27,17 @@ from typing import Any
 
 import pandas as pd
 
-from lab.analysis.faults import fault_summary
 from lab.display import html_row
 from lab.errors import UsageError
-from lab.instruments.faultlog import FaultLog
+from lab.instruments.faultlog import FaultLog, fault_summary
 from lab.instruments.phases import buffer_summary, df_phases
 from lab.instruments.progress import ProgressSampler
 from lab.instruments.writelatency import stall_summary
+from lab.marks import Marks, with_marks
 from lab.qemu.build import QemuBinary
-from lab.runs.marks import with_marks
 from lab.scenario.dimensions import dimensions
 from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
-
-WINDOWS = ("before", "during")
-"""What lies between the readings of an instrument: until the request, until completion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +47,8 @@ class Snapshot:
     The tables name the snapshot in their `attrs` (`case`, `request_ns`, `stop_ns`, `resume_ns`,
     `end_ns`), so that `lab.plot_*` draw them as they are.
 
-    `request_ns`, `stop_ns`, `resume_ns` and `end_ns` are CLOCK_MONOTONIC; `stop_ns` and
-    `resume_ns` are None when the guest was stopped before and stayed so.
+    Of its `marks`, `stop_ns` and `resume_ns` are None when the guest was stopped before and stayed
+    so.
     """
 
     path: Path
@@ -62,19 +58,38 @@ class Snapshot:
     machine: Machine
     workload: Workload
     binary: QemuBinary
-    request_ns: int
-    stop_ns: int | None
-    resume_ns: int | None
-    end_ns: int
+    marks: Marks
     image_bytes: int
     counters: dict[str, int]
     migration: dict[str, Any] = dataclasses.field(repr=False)
     """QEMU's last reply to `query-migrate`."""
     fault_log: FaultLog | None = dataclasses.field(repr=False)
-    sampler: ProgressSampler | None = dataclasses.field(repr=False)
+    sampler: ProgressSampler | None = dataclasses.field(default=None, repr=False)
     write_latency: pd.DataFrame | None = dataclasses.field(default=None, repr=False)
     storage_mib_per_s: int = 0
     """The image was written no faster than this; 0: as fast as the disk went."""
+
+    @property
+    def request_ns(self) -> int:
+        """The moment before the first command was sent that affects the guest."""
+        assert self.marks.request_ns is not None
+        return self.marks.request_ns
+
+    @property
+    def stop_ns(self) -> int | None:
+        """QEMU's STOP event."""
+        return self.marks.stop_ns
+
+    @property
+    def resume_ns(self) -> int | None:
+        """QEMU's RESUME event."""
+        return self.marks.resume_ns
+
+    @property
+    def end_ns(self) -> int:
+        """QEMU reported the migration completed."""
+        assert self.marks.end_ns is not None
+        return self.marks.end_ns
 
     @property
     def setup_ms(self) -> float | None:
@@ -134,14 +149,7 @@ class Snapshot:
         return self._marked(self.write_latency)
 
     def _marked(self, table: pd.DataFrame) -> pd.DataFrame:
-        return with_marks(
-            table,
-            case={"method": self.method},
-            request_ns=self.request_ns,
-            stop_ns=self.stop_ns,
-            resume_ns=self.resume_ns,
-            end_ns=self.end_ns,
-        )
+        return with_marks(table, {"method": self.method}, self.marks)
 
     def summary(self) -> dict[str, Any]:
         """Return one flat row: the scenario's dimensions, times in ms, size and fault counts."""

@@ -1,22 +1,20 @@
 """Take a snapshot: from the request to the published image."""
 
-import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from lab.errors import SnapshotError, UsageError
 from lab.guests.protocol import ReadyRecord
-from lab.instruments.progress import ProgressSampler, sampling
-from lab.instruments.threads import ThreadTimes
-from lab.instruments.writelatency import WriteLatency, write_latency
+from lab.instruments.instrument import Watch
 from lab.scenario.methods import METHODS, Method
 from lab.scenario.methods import method as method_of
 from lab.scenario.scenario import check_storage
 from lab.scenario.storage import Storage
 from lab.snapshot.attempt import Attempt
 from lab.snapshot.checksums import Checksums, checksums_of
-from lab.snapshot.image import partial_image
+from lab.snapshot.image import PartialImage, partial_image
 from lab.snapshot.mechanisms.base import Hold
 from lab.snapshot.result import Snapshot
 from lab.snapshot.room import check_disk
@@ -25,36 +23,52 @@ from lab.snapshot.throttle import limited
 from lab.vm.vm import RunningVM
 
 
-async def take(
+class Prepared:
+    """A snapshot for which all is ready: `run` takes it, `publish` gives the image its name."""
+
+    def __init__(self, attempt: Attempt, writing: PartialImage, image: Path) -> None:
+        self._attempt = attempt
+        self._writing = writing
+        self._image = image
+        self._ready: ReadyRecord | None = None
+
+    async def run(self, watch: Watch) -> None:
+        """Take it; the guest runs on.
+
+        :param watch: told of REQUEST, COMPLETED and RUNNING.
+        :raise SnapshotError: it can not be completed.
+        """
+        await self._attempt.run(watch)
+        self._ready = self._attempt.ready_at_pause()
+
+    async def publish(self, *, checksums: bool = False) -> Snapshot:
+        """Publish the image with its sidecar.
+
+        :param checksums: read the image again for the checksums of its sidecar.  It takes the
+            host's CPUs from the guest, so measurements do without.
+        """
+        attempt, partial = self._attempt, self._writing.path
+        mark = self._writing.add_mark()
+        size = partial.stat().st_size
+        sums = await _checksums(partial, size) if checksums else None
+        sidecar = _sidecar(attempt.vm, attempt.how, self._ready, size, mark, sums)
+        self._writing.publish(sidecar)
+        return attempt.result(self._image, size)
+
+
+@contextlib.asynccontextmanager
+async def prepared(
     vm: RunningVM,
     path: str | Path,
     method: str,
     *,
     fault_log: bool = True,
-    progress: bool = True,
-    before_s: float = 1.0,
-    after_s: float = 1.0,
     storage_mib_per_s: int = 0,
-    sampler: ProgressSampler | None = None,
-    latency: WriteLatency | None = None,
-    threads: ThreadTimes | None = None,
     hold: Hold | None = None,
-    checksums: bool = False,
-) -> Snapshot:
-    """Take a snapshot of `vm`; `VM.snapshot` says more.
+) -> AsyncIterator[Prepared]:
+    """Prepare a snapshot of `vm`, of which the guest feels nothing yet.
 
-    :param sampler: one that runs already; then none is started, and there is no waiting before
-        and after.
-    :param latency: a reader of a guest that times its operations, with one reading at the
-        beginning of what is to be compared with; by default one that begins now.
-    :param threads: a reader of the times of QEMU's threads, likewise.  After an ordinary migration
-        it is read when the guest goes on, so as not to make the pause longer.
-    :param hold: called at the instant that the image shows, while the guest is stopped there.
-        On the patched QEMU's live methods that is the engine's pre-switchover hold; for ordinary
-        migration, completion.  The unpatched `background` can not be held: the guest is stopped
-        and held before the request, and goes on when QEMU has transferred the first pages.
-    :param checksums: read the image again for the checksums of its sidecar.  It takes the host's
-        CPUs from the guest, so measurements do without.
+    What has not been published when the context ends is taken away.  `take` says more.
     """
     how = method_of(method)
     if not how.runs_on(vm.binary.variant):
@@ -67,39 +81,47 @@ async def take(
         image = Path(path).absolute()
         async with contextlib.AsyncExitStack() as stack:
             writing = stack.enter_context(partial_image(image))
-            partial = writing.path
             check_disk(vm, how, image)
             storage = None
             if storage_mib_per_s:
-                storage = await stack.enter_async_context(limited(partial, storage_mib_per_s))
-            if latency is None and vm.workload.time_writes and vm.is_ready:
-                latency = await write_latency(vm)
-                latency.read()
-            if sampler is None and progress:
-                sampler = await stack.enter_async_context(sampling(vm))
-                await asyncio.sleep(before_s)
-            else:
-                after_s = 0.0
+                limit = limited(writing.path, storage_mib_per_s)
+                storage = await stack.enter_async_context(limit)
             attempt = Attempt(
                 vm,
                 how,
-                partial,
+                writing.path,
                 storage=storage,
                 storage_mib_per_s=storage_mib_per_s,
                 hold=hold,
                 log_faults=fault_log,
-                latency=latency,
-                threads=threads,
             )
-            await attempt.run()
-            ready = attempt.ready_at_pause()
-            # Before the checksums are made, so that what they take from the guest is not shown.
-            await asyncio.sleep(after_s)
-            mark = writing.add_mark()
-            size = partial.stat().st_size
-            sums = await _checksums(partial, size) if checksums else None
-            writing.publish(_sidecar(vm, how, ready, size, mark, sums))
-        return attempt.result(image, size, sampler)
+            yield Prepared(attempt, writing, image)
+
+
+async def take(
+    vm: RunningVM,
+    path: str | Path,
+    method: str,
+    *,
+    watch: Watch | None = None,
+    fault_log: bool = True,
+    storage_mib_per_s: int = 0,
+    hold: Hold | None = None,
+) -> Snapshot:
+    """Take a snapshot of `vm`; `VM.snapshot` says more.
+
+    :param watch: what looks at it; by default nothing.
+    :param hold: called at the instant that the image shows, while the guest is stopped there.
+        On the patched QEMU's live methods that is the engine's pre-switchover hold; for ordinary
+        migration, completion.  The unpatched `background` can not be held: the guest is stopped
+        and held before the request, and goes on when QEMU has transferred the first pages.
+    """
+    prepare = prepared(
+        vm, path, method, fault_log=fault_log, storage_mib_per_s=storage_mib_per_s, hold=hold
+    )
+    async with prepare as snapshot:
+        await snapshot.run(watch or Watch())
+        return await snapshot.publish()
 
 
 def _possible(variant: str) -> str:

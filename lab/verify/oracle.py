@@ -156,7 +156,6 @@ async def verify_method(
                 vm,
                 image,
                 method,
-                progress=False,
                 fault_log=fault_log,
                 storage_mib_per_s=storage_mib_per_s,
                 hold=copy_out,

@@ -445,7 +445,7 @@ async def test_the_file_can_not_be_closed(
         gates.failing("close", error=errno.EDQUOT),
         pytest.raises(SnapshotError, match=os.strerror(errno.EDQUOT)),
     ):
-        await take(vm, tmp_path / "a.snap", method, progress=False, fault_log=False)
+        await take(vm, tmp_path / "a.snap", method, fault_log=False)
     assert list(tmp_path.iterdir()) == []
     await next_one_is_right(vm, method, tmp_path)
 
@@ -545,7 +545,7 @@ async def test_task_cancelled_in_any_phase(
         await is_left_alone(vm)
 
     def snapshot(hold: Hold | None = None) -> asyncio.Task[Snapshot]:
-        return asyncio.create_task(take(vm, tmp_path / "a.snap", method, progress=False, hold=hold))
+        return asyncio.create_task(take(vm, tmp_path / "a.snap", method, hold=hold))
 
     # The first thing that is sent to QEMU, and each after it.
     for turns in range(0, 40, 5):
@@ -630,7 +630,6 @@ async def test_monitor_gone_leaves_no_file(vm: VM, phase: str, tmp_path: Path) -
             vm,
             tmp_path / "a.snap",
             "live-inline",
-            progress=False,
             hold=hold if phase == "hold" else None,
         )
     )

@@ -184,9 +184,7 @@ async def test_a_disk_that_others_fill_is_left_to_them(method: str) -> None:
             filler.write_bytes(bytes(250 * MIB))
 
         with pytest.raises(SnapshotError, match="before it took the last of the disk"):
-            await take(
-                vm, folder / "a.snap", method, progress=False, storage_mib_per_s=8, hold=fill
-            )
+            await take(vm, folder / "a.snap", method, storage_mib_per_s=8, hold=fill)
         assert list(folder.iterdir()) == [filler]
         await is_left_alone(vm)
         filler.unlink()

@@ -97,7 +97,7 @@ async def test_qemu_ends_while_it_holds_its_guest(older: Path, method: str, how:
         await asyncio.Event().wait()
 
     async with lab.boot(*small()) as vm:
-        task = asyncio.create_task(take(vm, older, method, progress=False, hold=hold))
+        task = asyncio.create_task(take(vm, older, method, hold=hold))
         await held.wait()
         await end(vm)
         # Who holds it is told by nobody, and asks.
@@ -113,9 +113,7 @@ async def test_qemu_ends_while_it_holds_its_guest(older: Path, method: str, how:
 async def test_qemu_ends_while_it_saves_memory(older: Path, method: str, how: str) -> None:
     end, said = ENDS[how]
     async with lab.boot(*small()) as vm:
-        task = asyncio.create_task(
-            take(vm, older, method, progress=False, storage_mib_per_s=SLOW_MIB_PER_S)
-        )
+        task = asyncio.create_task(take(vm, older, method, storage_mib_per_s=SLOW_MIB_PER_S))
         await until_phase(vm, "sweep")
         await end(vm)
         await fails(task, vm, said)
@@ -131,9 +129,7 @@ async def test_the_guest_panics_while_its_memory_is_saved(older: Path) -> None:
     )
     arguments = ("-append", f"{line} unknown_nmi_panic")
     async with lab.boot(dataclasses.replace(machine, extra_args=arguments), workload) as vm:
-        task = asyncio.create_task(
-            take(vm, older, "live", progress=False, storage_mib_per_s=SLOW_MIB_PER_S)
-        )
+        task = asyncio.create_task(take(vm, older, "live", storage_mib_per_s=SLOW_MIB_PER_S))
         await until_phase(vm, "sweep")
         await vm.execute("inject-nmi")
         await fails(task, vm, "exited with status 0")
@@ -144,7 +140,7 @@ async def test_the_guest_panics_while_its_memory_is_saved(older: Path) -> None:
 async def test_qemu_ends_while_it_writes_to_a_file(older: Path, how: str) -> None:
     end, said = ENDS[how]
     async with lab.boot(*small()) as vm:
-        task = asyncio.create_task(take(vm, older, "live-mapped", progress=False))
+        task = asyncio.create_task(take(vm, older, "live-mapped"))
         await until_phase(vm, "setup")
         await end(vm)
         await fails(task, vm, said)
@@ -159,7 +155,7 @@ async def test_qemu_may_have_no_more_memory(older: Path) -> None:
         # Besides what it has.
         with limited_group("memory", 4 << 20) as group:
             group.add(vm.pid)
-            task = asyncio.create_task(take(vm, older, "live", progress=False))
+            task = asyncio.create_task(take(vm, older, "live"))
             await fails(task, vm, "was ended by SIGKILL")
             with pytest.raises(
                 LaunchError, match=rf"4 MiB of the cgroup .*{group.name} .* used up"

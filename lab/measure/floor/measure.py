@@ -22,13 +22,14 @@ from lab.host.needs import require_memory, require_uffd
 from lab.host.neighbours import neighbours
 from lab.host.room import require_room
 from lab.host.workdir import private_folder
+from lab.marks import Marks
 from lab.measure.campaign import open_recording
 from lab.measure.floor.build import Program
 from lab.measure.floor.program import Output, run_block
 from lab.measure.ground import Ground
 from lab.measure.sample import filesystem_of, held_back, held_back_warnings
 from lab.runs.columns import COLUMNS
-from lab.runs.records import RUN_SCHEMA, Marks, Outcome, RunRecord, jsonable, utc_now
+from lab.runs.records import RUN_SCHEMA, Outcome, RunRecord, jsonable, utc_now
 from lab.runs.run import Run
 from lab.runs.sets import RunSet
 from lab.scenario.document import to_json

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.analysis.faults import fault_summary
 from lab.analysis.slowdown import Slowdown, df_rate, longest_gap_ns, lowest_rate, slowdown
 from lab.analysis.waits import match_faults
+from lab.instruments.faultlog import fault_summary
 from lab.runs.cases import varying
 
 MS = 1_000_000

@@ -14,8 +14,9 @@ from typing import get_args
 
 import pytest
 
+from lab.column import Column
 from lab.qemu import qtest
-from lab.runs.columns import COLUMNS, SUMMARY_FIELDS, Column
+from lab.runs.columns import COLUMNS, SUMMARY_FIELDS
 from lab.runs.records import RunRecord
 from lab.runs.sets import load_set
 from lab.scenario.dimensions import Dimension

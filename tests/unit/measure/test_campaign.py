@@ -14,6 +14,7 @@ from lab.analysis.compare import comparison_text, sides
 from lab.cli.measure import run_campaign
 from lab.errors import HostError, RunError, SnapshotError, UsageError
 from lab.figures.stamp import stamp_text
+from lab.instruments.progress import sampler_warnings
 from lab.measure.campaign import measure, open_set, plan_of, summarise
 from lab.measure.ground import Ground
 from lab.measure.sample import (
@@ -21,7 +22,6 @@ from lab.measure.sample import (
     check_room,
     filesystem_of,
     no_garbage_collection,
-    sampler_warnings,
 )
 from lab.measure.settle import is_settled
 from lab.runs.cases import case_columns, df_runs

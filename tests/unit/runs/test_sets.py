@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lab.analysis.faults import fault_summary
 from lab.analysis.slowdown import slowdown
 from lab.errors import HostError, RunError
+from lab.instruments.faultlog import fault_summary
 from lab.runs import columns, sealed
 from lab.runs.records import RUN, RunRecord, jsonable
 from lab.runs.run import load_run
