@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lab.errors import LabError
+from lab.errors import LabError, UsageError
 from lab.figures.stamp import stamp_text, write_under
 from lab.figures.style import blank, styled, title_over
 from lab.runs.columns import METRICS
@@ -93,6 +93,8 @@ class Plot(Generic[P, Drawn]):
         """Draw a run set or one snapshot, caption and stamp below, or a table.
 
         In axes of the caller (`ax=`) nothing is written below: they may share their figure.
+
+        :raise UsageError: one snapshot cannot tell what this figure shows.
         """
         return self._made(data, self.text.below, *args, **kwargs)
 
@@ -116,8 +118,8 @@ class Plot(Generic[P, Drawn]):
         runs = [r for r in run_set.measured() if all(_has(r, name) for name in self.needs)]
         if not self._one_boot:
             return runs
-        found = dict.fromkeys(run.case for run in runs)
-        return [run_set.typical(case) for case in run_set.cases if case in found]
+        having = run_set.of(runs)
+        return [having.typical(case) for case in having.cases]
 
     def _made(self, data: Data, below: str, *args: Any, **kwargs: Any) -> Drawn:
         ax = kwargs.get("ax")
@@ -145,8 +147,13 @@ class Plot(Generic[P, Drawn]):
                 return [], sentence
             found = self._table(data.of(self._runs(data)))
         else:
+            tell = getattr(data, f"df_{next(iter(self.needs), '')}", None)
+            if tell is None:
+                raise UsageError(
+                    f"{data!r} alone has nothing for this figure", "pass a run set, or its table"
+                )
             try:
-                found = getattr(data, f"df_{self.needs[0]}")()
+                found = tell()
             except LabError as error:
                 return [], error.cause
         tables = [found] if isinstance(found, pd.DataFrame) else found

@@ -170,7 +170,7 @@ def with_tables(text: str, folder: Path) -> str:
     the summary of the run set SET, a path from `folder`, and what it was measured on.  An image
     before `<!-- figure PLOT -->` is described by the title of that figure of `lab`.
 
-    :raise RunError: a set can not be read.
+    :raise RunError: a set cannot be read.
     """
 
     def table(match: re.Match[str]) -> str:

@@ -499,6 +499,21 @@ def test_one_snapshot_is_drawn_as_it_is(make_synthetic_set: MakeSet) -> None:
     assert one.name in under(plot_fault_latency(one))
     (text,) = plot_fault_latency(other).texts
     assert "has no table 'faults'" in text.get_text()
+    for plot in (plot_cost, plot_stalls):
+        with pytest.raises(UsageError, match="alone has nothing for this figure"):
+            plot(one)
+
+
+def test_the_boot_that_is_shown_is_one_that_has_what_is_drawn(make_synthetic_set: MakeSet) -> None:
+    made = make_synthetic_set(methods=("live-rfc",), repeats=3)
+    typical = made.typical()
+    without = {name: table for name, table in typical.record.tables.items() if name != "faults"}
+    record = msgspec.structs.replace(typical.record, tables=without)
+    lacking = dataclasses.replace(typical, record=record)
+    some = made.of(lacking if run is typical else run for run in made)
+    (ax,) = plot_faults_over_time(some)
+    assert sum(len(np.asarray(line.get_xdata())) for line in ax.get_lines()) > 0
+    assert "n=1 of 3 boots per method" in under([ax])
 
 
 def test_warm_ups_and_failed_runs_are_in_no_figure(make_synthetic_set: MakeSet) -> None:
