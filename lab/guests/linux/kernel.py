@@ -11,6 +11,7 @@ What is in the cache::
     guest/kernel-<sha256>/vmlinuz
     guest/kernel-<sha256>/modules/  drivers for the devices a machine can have
     guest/apt/                   private package lists, if the system's are of no use
+    guest/build.log              what the tools said
 
 Files appear under their final names complete or not at all. Once there is a kernel nothing asks
 the network again; delete `guest/kernel.json` to fetch the current one.
