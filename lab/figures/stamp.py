@@ -13,6 +13,8 @@ from lab.figures.style import in_order
 from lab.runs.run import Run, held_back_text
 from lab.runs.sets import RunSet
 from lab.scenario.dimensions import DIMENSIONS, recorded_dimension
+from lab.scenario.guests import GUEST_LIMITS
+from lab.scenario.machine import Machine
 
 _CHARACTERS_PER_INCH = 20
 """Of the text under a figure, about."""
@@ -54,12 +56,14 @@ def stamp_text(run_set: RunSet, *, drawn: Sequence[Run] | None = None) -> str:
         return f"{run.summary.get('workload')}" + ("" if mib is None else f" {mib} MiB")
 
     guests = {recorded_dimension(r.record.scenario, "guest") for r in runs}
-    micro = " microguest" if guests == {"micro"} else ""
+    # The ordinary one is not named.
+    other = [GUEST_LIMITS[name].title for name in sorted(guests - {Machine.guest})]
+    machine = " ".join([all_of("accel"), *other])
     builds = sorted({r.build for r in runs})
     host = run_set.record.host
     parts = [
-        f"n={boots} boots per {'case' if run_set.varied else 'method'}",
-        f"{all_of('accel')}{micro}, {all_of('vcpus')} vCPU, {all_of('ram_mib')} MiB RAM",
+        f"n={boots} boot{'' if boots == '1' else 's'} per {'case' if run_set.varied else 'method'}",
+        f"{machine}, {all_of('vcpus')} vCPU, {all_of('ram_mib')} MiB RAM",
         ", ".join(sorted({workload(run) for run in runs})),
         *limit("rate_ops_per_s", "operations/s"),
         *(f"image at {text}" for text in limit("storage_mib_per_s", "MiB/s")),

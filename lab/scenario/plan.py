@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from lab.errors import UsageError
 from lab.scenario.dimensions import case_name, replace_dimensions
+from lab.scenario.guests import GUEST_LIMITS
 from lab.scenario.instruments import Instruments
 from lab.scenario.machine import GuestKind, Machine
 from lab.scenario.methods import Variant
@@ -151,7 +152,7 @@ def describe(plan: Plan) -> Sequence[str]:
             + ("cases" if plan.vary else "methods")
             + (f" after {plan.warmups} warm-up rounds" if plan.warmups else ""),
             f"{machine.ram_mib} MiB RAM, {machine.vcpus} vCPU, {machine.accel}"
-            + (", microguest" if machine.guest == "micro" else ""),
+            + ("" if machine.guest == Machine.guest else f", {GUEST_LIMITS[machine.guest].title}"),
             f"{workload.kind} {workload.wss_mib} MiB",
             *([f"{paced} operations/s"] if paced else []),
             *([f"image at {rate} MiB/s"] if rate else []),
