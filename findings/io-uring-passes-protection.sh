@@ -10,7 +10,7 @@
 # Output seen: read(2): data changed, 1 faults, protected no
 #              fixed read: data changed, 0 faults, protected yes
 # Why it matters: a live snapshot of memory that is a registered buffer has the content of a later
-#   time, and the pagemap bit can not be used to find that out.  The same is to be expected of
+#   time, and the pagemap bit cannot be used to find that out.  The same is to be expected of
 #   whatever else pins pages for long (VFIO, RDMA); that was not tried here.
 #
 # Needs: root (or vm.unprivileged_userfaultfd=1), gcc, io_uring not disabled by sysctl.

@@ -14,7 +14,7 @@
 #              loop that ticks: CancelledError
 #              loop with a signal handler: CancelledError
 #              no await: KeyboardInterrupt
-# Why it matters: a cell that waits for a snapshot or a guest can not be stopped while both are
+# Why it matters: a cell that waits for a snapshot or a guest cannot be stopped while both are
 #   quiet.  Clean up in `finally`, and have the loop wake now and then, or add a signal handler.
 #
 # Needs: Python 3.11 or later with venv, and the network for pip.

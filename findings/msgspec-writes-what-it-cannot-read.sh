@@ -2,7 +2,7 @@
 # msgspec writes a NaN as JSON null, and the same class then refuses to read it.
 #
 # One would guess: what msgspec.json encodes from a typed Struct, it decodes into that Struct; a
-#   float that JSON can not hold is refused when it is written, as with json's allow_nan=False.
+#   float that JSON cannot hold is refused when it is written, as with json's allow_nan=False.
 # What is so: NaN and both infinities become null without a word.  Reading that back as `float`
 #   is a ValidationError; read as `float | None` the three can no longer be told apart.
 # Seen with: msgspec 0.23.0, Python 3.11.

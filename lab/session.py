@@ -91,9 +91,9 @@ class VM(RunningVM):
         :param checksums: write checksums of the image into the sidecar, for `restore` to check.
             They are made after all that is measured, while the guest runs: all CPUs of the host
             read the image for a second or less a GiB.
-        :raise UsageError: when the method does not exist, needs the other QEMU, or can not write
+        :raise UsageError: when the method does not exist, needs the other QEMU, or cannot write
             to storage of a limited rate.
-        :raise SnapshotError: when one is running already or it can not be completed.
+        :raise SnapshotError: when one is running already or it cannot be completed.
         :raise HostError: when this host does not permit the method.
         """
         prepare = prepared(
@@ -163,9 +163,9 @@ def restore(
     :param check: read the image against the sidecar's checksums first; of an image without them
         the log warns.  QEMU itself finds no damage in a page: without the check the guest may be
         silently another one.
-    :raise UsageError: when the image can not be read by more than one thread.
+    :raise UsageError: when the image cannot be read by more than one thread.
     :raise RestoreError: when the image or its sidecar is missing, cut short, damaged, of another
-        machine type or another format, or does not restore; or its guest can not run before it is
+        machine type or another format, or does not restore; or its guest cannot run before it is
         reset, and is not to be `paused`.
     :raise HostError: when the host lacks memory, a build or an accelerator.
     """

@@ -39,7 +39,7 @@ JUDGED: Sequence[type[Instrument]] = (
 """Those that are there while a snapshot is taken, and can be left out.
 
 Without one is where its switch is False, or where it is the largest number that the set has:
-samples can not be left out, only be made rare, because cost is computed from them.
+samples cannot be left out, only be made rare, because cost is computed from them.
 """
 
 COST = ("baseline_ops_per_s", "pause_ms", "duration_ms", "lost_work_ms", "qemu_cpu_ms", "faults")
@@ -53,7 +53,7 @@ RECORDED = Path(__file__).resolve().parents[2] / "data" / "instruments"
 def recorded_overhead() -> RunSet | None:
     """The recorded set that varied the instruments; None where the checkout's data are not there.
 
-    :raise RunError: it is there and can not be read.
+    :raise RunError: it is there and cannot be read.
     """
     return load_set(RECORDED) if (RECORDED / "set.json").exists() else None
 

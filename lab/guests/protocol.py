@@ -497,7 +497,7 @@ def pages_of_operations(
     if kind == "sequential":
         return np.arange(first_op, first_op + ops, dtype=np.uint64) % np.uint64(pages)
     if kind not in REPLAYED_KINDS:
-        raise ValueError(f"a workload of kind {kind!r} can not be replayed")
+        raise ValueError(f"a workload of kind {kind!r} cannot be replayed")
     random = _random_of_operations(seed, thread, first_op, ops)
     match kind:
         case "zipf":

@@ -24,7 +24,7 @@ KSM = Path("/sys/kernel/mm/ksm")
 PR_SET_MEMORY_MERGE = 67
 _PR_GET_MEMORY_MERGE = 68
 
-# In this order: the number of pages can not be set while the kernel's advisor chooses it.
+# In this order: the number of pages cannot be set while the kernel's advisor chooses it.
 _FULL_SPEED = {
     "advisor_mode": "none",
     "smart_scan": "0",
@@ -54,7 +54,7 @@ def ksm_runs(folder: Path = KSM) -> bool:
 
 def merges_everything() -> bool:
     """Whether the kernel may merge all memory of this process and of what it starts."""
-    # An error means a kernel before Linux 6.4, which can not.
+    # An error means a kernel before Linux 6.4, which cannot.
     return int(ctypes.CDLL(None).prctl(_PR_GET_MEMORY_MERGE, 0, 0, 0, 0)) == 1
 
 
@@ -108,7 +108,7 @@ def _change(folder: Path, name: str, value: str) -> None:
         (folder / name).write_text(value)
     except OSError as error:
         remedy = "run as root" if error.errno in (errno.EACCES, errno.EPERM) else ""
-        raise HostError(f"{folder / name} can not be set: {error.strerror}", remedy) from error
+        raise HostError(f"{folder / name} cannot be set: {error.strerror}", remedy) from error
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ and what it opens for a moment."""
 
 QEMU_THREADS = 16
 """Threads that QEMU has at most while it takes a snapshot, besides its vCPUs: some 8, and what
-begins before another has ended.  QEMU aborts when it can not start one."""
+begins before another has ended.  QEMU aborts when it cannot start one."""
 
 QEMU_DISK_THREADS = 64
 """What a disk may have besides, for requests that are on their way at once."""

@@ -104,7 +104,7 @@ def require_huge_pages(needed_mib: int, what: str) -> None:
 
 
 def kvm_problem(guest: GuestKind) -> str:
-    """Why a guest of this kind can not run under KVM here; empty when nothing is known that keeps
+    """Why a guest of this kind cannot run under KVM here; empty when nothing is known that keeps
     it from that. Takes a moment: it runs an instruction.
     """
     if problem := probe_kvm():

@@ -1,4 +1,4 @@
-"""The QEMU process: start it so that it can not outlive its owner, and end it within a bound.
+"""The QEMU process: start it so that it cannot outlive its owner, and end it within a bound.
 
 Three measures together, because each alone leaves a guest behind in some case: a session of its
 own, or an interrupt of a notebook cell reaches QEMU as well; a parent-death signal, because a
@@ -47,10 +47,10 @@ _PR_SET_THP_DISABLE = 41
 _SET_MEMORY = (
     "import ctypes, os, sys\n"
     f"if 'no-thp' in sys.argv[1] and ctypes.CDLL(None).prctl({_PR_SET_THP_DISABLE}, 1, 0, 0, 0):\n"
-    "    sys.exit('transparent huge pages can not be switched off for QEMU')\n"
+    "    sys.exit('transparent huge pages cannot be switched off for QEMU')\n"
     f"if 'no-merge' in sys.argv[1] and ctypes.CDLL(None).prctl({PR_SET_MEMORY_MERGE},"
     " 0, 0, 0, 0):\n"
-    "    sys.exit('the merging of equal pages can not be switched off for QEMU')\n"
+    "    sys.exit('the merging of equal pages cannot be switched off for QEMU')\n"
     "os.execv(sys.argv[2], sys.argv[2:])\n"
 )
 
@@ -239,7 +239,7 @@ async def running(
             try:
                 yield process
             finally:
-                # First of all, because it can not be interrupted: what follows only reaps.
+                # First of all, because it cannot be interrupted: what follows only reaps.
                 process.kill()
                 if not await process.wait(KILL_GRACE_S):
                     log.error("process %d does not end; the kernel holds it", process.pid)

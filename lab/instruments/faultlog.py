@@ -190,7 +190,7 @@ def read_fault_log(path: Path, vcpu_threads: Mapping[int, int] | None = None) ->
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise RunError(f"the fault log {path.name} can not be read: {error.strerror}") from error
+        raise RunError(f"the fault log {path.name} cannot be read: {error.strerror}") from error
     return parse_fault_log(content, vcpu_threads, name=path.name)
 
 

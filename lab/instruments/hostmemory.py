@@ -115,7 +115,7 @@ class HostMemory:
 def read_host_memory(pid: int, proc: Path = Path("/proc")) -> HostMemory:
     """Return what host and process `pid` use now.
 
-    What can not be read is None: a kernel without huge pages or without rolled-up maps, a process
+    What cannot be read is None: a kernel without huge pages or without rolled-up maps, a process
     that is gone or may not be looked at.
     """
     t_ns = time.monotonic_ns()

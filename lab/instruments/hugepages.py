@@ -65,7 +65,7 @@ METRICS = (
 _HUGE_BYTES = 2 << 20
 _MIB = 1 << 20
 _MADV_COLLAPSE = 25
-# One call can not be cancelled: short ones, so that Stop is prompt.
+# One call cannot be cancelled: short ones, so that Stop is prompt.
 _CALL_BYTES = 64 * _MIB
 # The kernel did not get hold of a page, or of a huge one: some pieces remain as they were.
 _PIECES_LEFT = (errno.EAGAIN, errno.EBUSY, errno.ENOMEM)
@@ -106,7 +106,7 @@ def require_rebuild() -> None:
 async def rebuild_huge_pages(vm: Watched) -> Rebuilt:
     """Have the kernel put all RAM of a guest into huge pages; the guest runs on.
 
-    :raise HostError: the kernel can not, this process may not, or the guest's memory is none that
+    :raise HostError: the kernel cannot, this process may not, or the guest's memory is none that
         is put into huge pages, as with `thp=False`.
     """
     blocks = [block for block in await vm.ram_blocks() if block.total_bytes >= _HUGE_BYTES]
@@ -149,7 +149,7 @@ async def rebuild_huge_pages(vm: Watched) -> Rebuilt:
 def _why_not(code: int) -> HostError:
     needed = "run as root, or with CAP_SYS_NICE"
     remedy = needed if code == errno.EPERM else "use Linux 6.1 or later"
-    return HostError(f"huge pages can not be rebuilt: {os.strerror(code)}", remedy)
+    return HostError(f"huge pages cannot be rebuilt: {os.strerror(code)}", remedy)
 
 
 def rebuild_summary(

@@ -144,7 +144,7 @@ class Instrument:
     def require(cls) -> None:
         """See to it that it can look at a guest on this host.
 
-        :raise HostError: it can not.
+        :raise HostError: it cannot.
         """
 
     @contextlib.asynccontextmanager

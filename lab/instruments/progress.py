@@ -5,7 +5,7 @@ of QEMU's memory with `process_vm_readv`: the guest does not exit, print or even
 method is the same for every way to take a snapshot, also while the VM is stopped.
 
 What it costs: the reads themselves, whose duration is recorded with every sample (`read_ns`), and
-a thread that wakes once a millisecond.  What it can not show: anything shorter than the distance
+a thread that wakes once a millisecond.  What it cannot show: anything shorter than the distance
 of two samples, and why an operation took long.
 """
 
@@ -82,7 +82,7 @@ class ProgressSampler:
         self._thread = threading.Thread(target=self._run, name="progress sampler", daemon=True)
 
     def __enter__(self) -> Self:
-        """Take one sample, so that what can not work fails here, and start the thread.
+        """Take one sample, so that what cannot work fails here, and start the thread.
 
         :raise HostError: when this process may not read the memory of that one.
         :raise GuestError: when there is nothing at the address.
@@ -90,7 +90,7 @@ class ProgressSampler:
         try:
             self._window.read()
         except OSError as error:
-            raise GuestError(f"the progress page can not be read: {error.strerror}") from error
+            raise GuestError(f"the progress page cannot be read: {error.strerror}") from error
         self._thread.start()
         return self
 

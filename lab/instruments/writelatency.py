@@ -111,7 +111,7 @@ class WriteLatency:
                     window.read()
                 total += np.concatenate([np.frombuffer(w.buffer, np.int64) for w in of_thread])
         except OSError as error:
-            raise GuestError(f"the durations can not be read: {error.strerror}") from error
+            raise GuestError(f"the durations cannot be read: {error.strerror}") from error
         self.readings.append(Reading(t_ns, total))
 
     def df(self, windows: Sequence[str] = WINDOWS) -> pd.DataFrame:

@@ -475,7 +475,7 @@ def _require_path(folder: Path) -> None:
     wrong = [c for c in str(folder) if not c.isalnum() and c not in _IN_A_BUILDS_PATH]
     if wrong:
         raise HostError(
-            f"QEMU can not be built in {str(folder)!r}, because of {wrong[0]!r} in that path",
+            f"QEMU cannot be built in {str(folder)!r}, because of {wrong[0]!r} in that path",
             "set LAB_CACHE to a folder whose path has only letters, digits and any of "
             f"{_IN_A_BUILDS_PATH}",
         )

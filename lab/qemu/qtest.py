@@ -272,7 +272,7 @@ async def run_migration_tests(
     :param record_path: a record to go on from and to write after each test.
     :raise UsageError: when no test fits, or the record is of other builds.
     :raise HostError: while the kernel merges equal pages.
-    :raise LabError: when something can not be built.
+    :raise LabError: when something cannot be built.
     """
     report = progress or (lambda message: None)
     began = time.monotonic()

@@ -20,7 +20,7 @@ DiskAio = Literal["threads", "native"]
 RAM_RESERVE_MIB: Mapping[GuestKind, int] = types.MappingProxyType(
     {kind: limits.ram_reserve_mib for kind, limits in GUEST_LIMITS.items()}
 )
-"""By guest, what a working set can not have."""
+"""By guest, what a working set cannot have."""
 
 HUGE_PAGE_MIB = 2
 """What guest RAM of the kind `hugetlb` consists of."""
@@ -81,7 +81,7 @@ class Machine:
 
     `extra_args` go to the end of QEMU's command line, for what has no parameter here.
 
-    Raises `UsageError` for values that can not work.
+    Raises `UsageError` for values that cannot work.
     """
 
     ram_mib: int = field(
@@ -200,12 +200,12 @@ class Machine:
         huge = self.ram_kind == "hugetlb"
         require(
             not huge or self.ram_mib % HUGE_PAGE_MIB == 0,
-            f"{self.ram_mib} MiB of RAM can not be made of huge pages of {HUGE_PAGE_MIB} MiB",
+            f"{self.ram_mib} MiB of RAM cannot be made of huge pages of {HUGE_PAGE_MIB} MiB",
             f"use a multiple of {HUGE_PAGE_MIB}, or another ram_kind",
         )
         require(
             not (huge and self.thp),
-            "RAM of huge pages can not have transparent ones",
+            "RAM of huge pages cannot have transparent ones",
             "leave thp unset, or use another ram_kind",
         )
         require_choice("chipset", self.chipset, Chipset)
@@ -265,6 +265,6 @@ class Machine:
         )
         require(
             not self.disk_iothread or self.disk in THREADED_DISKS,
-            f"an {self.disk} disk can not have an I/O thread",
+            f"an {self.disk} disk cannot have an I/O thread",
             f"choose disk {' or '.join(THREADED_DISKS)}, or leave disk_iothread unset",
         )

@@ -17,7 +17,7 @@ class Scenario:
     """One thing to measure: a machine, its workload, the method, by name, the storage that the
     image goes to, and what watches it.
 
-    Raises `UsageError` when they can not go together.
+    Raises `UsageError` when they cannot go together.
     """
 
     machine: Machine = field(default_factory=Machine)

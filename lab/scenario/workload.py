@@ -52,7 +52,7 @@ class Workload:
     transparent huge pages of its own does.  It does not allocate, has no more writers than vCPUs,
     and does not sleep: a paced or an idle one keeps its vCPUs busy with waiting.
 
-    Raises `UsageError` for values that can not work.
+    Raises `UsageError` for values that cannot work.
     """
 
     kind: WorkloadKind = field(

@@ -39,7 +39,7 @@ async def checksums_of(file: Path | int, size: int, *, piece_bytes: int = PIECE_
 
     Holes are not read.  Cancelling stops the threads after the pieces that they are at.
 
-    :raise OSError: when it can not be read.
+    :raise OSError: when it cannot be read.
     """
     limit = asyncio.Semaphore(os.cpu_count() or 1)
     # The caller of a task that was cancelled may close its own.
@@ -66,7 +66,7 @@ async def checksums_of(file: Path | int, size: int, *, piece_bytes: int = PIECE_
 async def damaged_pieces(file: Path | int, size: int, expected: Checksums) -> list[int]:
     """Return which pieces of a file differ from their checksums.
 
-    :raise OSError: when it can not be read.
+    :raise OSError: when it cannot be read.
     """
     found = await checksums_of(file, size, piece_bytes=expected.piece_bytes)
     pairs = zip(found.sha256, expected.sha256, strict=True)

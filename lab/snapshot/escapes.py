@@ -6,7 +6,7 @@ later content in some pages, and be called complete.  The patched QEMU refuses s
 itself.  The unpatched one does not, so the lab asks it what it has, and looks at who has mapped the
 same memory.
 
-What can not be seen: a process of another user, where this one is not root's; who maps the memory
+What cannot be seen: a process of another user, where this one is not root's; who maps the memory
 later; a device that was built into QEMU after its version 10.0.
 """
 

@@ -66,7 +66,7 @@ class PartialImage:
     def add_mark(self) -> str:
         """Put a new mark behind what QEMU wrote, and return it for the sidecar.
 
-        :raise SnapshotError: when it can not be written.
+        :raise SnapshotError: when it cannot be written.
         """
         mark = secrets.token_bytes(MARK_BYTES - len(_MARK_HEAD))
         try:
@@ -100,7 +100,7 @@ class PartialImage:
 
     def _incomplete(self, error: OSError) -> SnapshotError:
         return SnapshotError(
-            f"{self._image.name} can not be completed: {error.strerror}",
+            f"{self._image.name} cannot be completed: {error.strerror}",
             "free some disk space or choose another path",
         )
 
@@ -109,7 +109,7 @@ class PartialImage:
 def partial_image(image: Path) -> Iterator[PartialImage]:
     """Create the private file that QEMU writes; remove it unless it was published.
 
-    :raise SnapshotError: when it can not be created, or another snapshot writes it.
+    :raise SnapshotError: when it cannot be created, or another snapshot writes it.
     """
     _check_path(image)
     path, beside = _partial(image), _partial(sidecar_path(image))
@@ -168,7 +168,7 @@ def _open_private(path: Path) -> int:
 
 
 def _no_creation(path: Path, error: OSError) -> SnapshotError:
-    return SnapshotError(f"{path} can not be created: {error.strerror}", "choose another path")
+    return SnapshotError(f"{path} cannot be created: {error.strerror}", "choose another path")
 
 
 def _write_all(descriptor: int, content: bytes, offset: int) -> None:
@@ -187,7 +187,7 @@ _KINDS = {
 
 
 def _check_path(image: Path) -> None:
-    """Refuse a path that an image can not have, before anything is created or replaced.
+    """Refuse a path that an image cannot have, before anything is created or replaced.
 
     A complete image takes the place of what has its name, which must not be a device.  Of a link
     to a file only the link is replaced.
@@ -211,7 +211,7 @@ def _check_path(image: Path) -> None:
             raise SnapshotError(f"the name {image.name} is too long", "choose a shorter one")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise SnapshotError(f"{image} can not be created: {reason}", "choose another") from error
+        raise SnapshotError(f"{image} cannot be created: {reason}", "choose another") from error
 
 
 # Reading
@@ -270,7 +270,7 @@ def _open_file(image: Path) -> Iterator[int]:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENXIO):
             raise missing from error
-        raise RestoreError(f"{image} can not be read: {error.strerror}") from error
+        raise RestoreError(f"{image} cannot be read: {error.strerror}") from error
     except ValueError as error:  # a null byte
         raise missing from error
     try:
@@ -311,7 +311,7 @@ def _read_one(image: Path, place: Path) -> Sidecar:
             "keep both files together; an image without one is not complete",
         ) from None
     except OSError as error:
-        raise RestoreError(f"{place} can not be read: {error.strerror}") from error
+        raise RestoreError(f"{place} cannot be read: {error.strerror}") from error
     return parse_sidecar(image, content)
 
 
@@ -337,7 +337,7 @@ async def check_image(image: OpenImage) -> None:
 
     Where it has none that is said in a warning of the log, which the command line shows.
 
-    :raise RestoreError: when a byte differs, or the image can not be read.
+    :raise RestoreError: when a byte differs, or the image cannot be read.
     """
     name, sums = image.path.name, image.sidecar.checksums
     if sums is None:
@@ -346,7 +346,7 @@ async def check_image(image: OpenImage) -> None:
     try:
         damaged = await damaged_pieces(image.descriptor, image.sidecar.image_bytes, sums)
     except OSError as error:
-        raise RestoreError(f"{image.path} can not be read: {error.strerror}") from error
+        raise RestoreError(f"{image.path} cannot be read: {error.strerror}") from error
     if damaged:
         start = damaged[0] * sums.piece_bytes
         end = min(start + sums.piece_bytes, image.sidecar.image_bytes)

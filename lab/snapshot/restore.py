@@ -63,7 +63,7 @@ async def _loaded(
     mapped = MAPPED_RAM in method(sidecar.method).capabilities
     if channels < 1 or (channels > 1 and not mapped):
         raise UsageError(
-            f"{channels} channels can not read {name}, a {sidecar.method} snapshot",
+            f"{channels} channels cannot read {name}, a {sidecar.method} snapshot",
             "use channels=1, or take the snapshot with method live-mapped",
         )
     qemu = find_qemu(binary or sidecar.binary.variant)
@@ -109,7 +109,7 @@ async def _run(vm: RunningVM, name: str) -> None:
     state = await vm.status()
     if state in NEEDS_RESET:
         raise RestoreError(
-            f"{name} is of a guest that can not run on: its state is {state}",
+            f"{name} is of a guest that cannot run on: its state is {state}",
             "restore it with paused=True, and then use vm.reset() and vm.cont()",
         )
     await vm.cont()
@@ -152,7 +152,7 @@ async def _load(vm: RunningVM, image: OpenImage, *, mapped: bool, channels: int)
     except QmpError as error:
         why = error.cause
     raise RestoreError(
-        f"{image.path.name} can not be restored: {why}", "take the snapshot again"
+        f"{image.path.name} cannot be restored: {why}", "take the snapshot again"
     ) from None
 
 

@@ -31,7 +31,7 @@ def piece_bytes(bytes_per_s: int) -> int:
 def copy(source: socket.socket, target: int, bytes_per_s: int) -> None:
     """Copy until the sender closes its end.
 
-    :raise OSError: when the file can not be written, or the sender was reset.
+    :raise OSError: when the file cannot be written, or the sender was reset.
     """
     buffer = memoryview(bytearray(piece_bytes(bytes_per_s)))
     due_s = time.monotonic()

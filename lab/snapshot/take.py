@@ -36,7 +36,7 @@ class Prepared:
         """Take it; the guest runs on.
 
         :param watch: told of REQUEST, COMPLETED and RUNNING.
-        :raise SnapshotError: it can not be completed.
+        :raise SnapshotError: it cannot be completed.
         """
         await self._attempt.run(watch)
         self._ready = self._attempt.ready_at_pause()
@@ -113,7 +113,7 @@ async def take(
     :param watch: what looks at it; by default nothing.
     :param hold: called at the instant that the image shows, while the guest is stopped there.
         On the patched QEMU's live methods that is the engine's pre-switchover hold; for ordinary
-        migration, completion.  The unpatched `background` can not be held: the guest is stopped
+        migration, completion.  The unpatched `background` cannot be held: the guest is stopped
         and held before the request, and goes on when QEMU has transferred the first pages.
     """
     prepare = prepared(
@@ -133,7 +133,7 @@ async def _checksums(partial: Path, size: int) -> Checksums:
         return await checksums_of(partial, size)
     except OSError as error:
         raise SnapshotError(
-            f"{partial} can not be read for its checksums: {error.strerror}",
+            f"{partial} cannot be read for its checksums: {error.strerror}",
             "take the snapshot again, on another disk",
         ) from error
 

@@ -59,7 +59,7 @@ class LimitedStorage:
         if reason is None and self._process.returncode is None:
             reason = f"its last bytes were not written within {FINISH_TIMEOUT_S:g} s"
         if reason is not None:
-            raise SnapshotError(f"the image can not be written: {reason}")
+            raise SnapshotError(f"the image cannot be written: {reason}")
 
     async def reason(self) -> str | None:
         """Return why the file could not be written, None when nothing is wrong with that."""
@@ -108,7 +108,7 @@ async def limited(image: Path, mib_per_s: int) -> AsyncIterator[LimitedStorage]:
             await _until_ready(process, storage)
             yield storage
         finally:
-            # First of all, because it can not be interrupted: what follows only reaps.
+            # First of all, because it cannot be interrupted: what follows only reaps.
             kill_child(process)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(KILL_GRACE_S):

@@ -74,7 +74,7 @@ class Verification:
     """What the oracle found.
 
     `equal` is the verdict: the same blocks, every byte of them equal, and the working set what a
-    replay gives (`replay`; None for a workload that can not be replayed, see
+    replay gives (`replay`; None for a workload that cannot be replayed, see
     `lab.guests.protocol.REPLAYED_KINDS`, and for a guest that was taken while it booted).
     `faults` is how many writes of the guest the snapshot held up, None where QEMU does not count
     them.  `detail` is one line about what is wrong, empty when nothing is.  `stuck` is one line
@@ -133,7 +133,7 @@ async def verify_method(
     :raise UsageError: when the method does not exist or needs the other QEMU.
     :raise HostError: when there is no room for image and copy, before or while they are written.
     :raise SnapshotError: when the snapshot fails.
-    :raise RestoreError: when it can not be restored.
+    :raise RestoreError: when it cannot be restored.
     """
     image, dump_path = keep or workdir / "verify.snap", workdir / "verify.ram"
     dump: _Dump | None = None
@@ -219,7 +219,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise SnapshotError(
-            f"the guest's memory can not be written to {path}: {error.strerror}",
+            f"the guest's memory cannot be written to {path}: {error.strerror}",
             "use another folder, or a smaller guest",
         ) from error
 

@@ -134,7 +134,7 @@ class OwnTask(Generic[T]):
             raise cancelled
 
 
-# What was begun in a loop that is closed can not be finished, and Python complains about it when it
+# What was begun in a loop that is closed cannot be finished, and Python complains about it when it
 # is thrown away: so it is kept.
 _held: set[OwnTask[Any]] = set()
 

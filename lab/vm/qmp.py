@@ -123,7 +123,7 @@ class Qmp:
         try:
             self._client.send_fd_scm(descriptor)
         except OSError as error:
-            raise QmpError(f"QEMU can not be sent a descriptor: {error.strerror}") from error
+            raise QmpError(f"QEMU cannot be sent a descriptor: {error.strerror}") from error
 
     async def wait_event(
         self, wanted: Callable[[Event], bool], *, since: int = 0, timeout_s: float

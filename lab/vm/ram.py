@@ -98,7 +98,7 @@ def require_ram(machine: Machine, variant: Variant = "patched") -> None:
 
     :param variant: the QEMU that is to run it.
     :raise HostError: when memory, huge pages or room in `LAB_RAM_DIR` are missing, a limit of this
-        process forbids so much of it, or transparent huge pages are asked for and can not arise in
+        process forbids so much of it, or transparent huge pages are asked for and cannot arise in
         this kind of memory.
     """
     what = f"{machine.ram_mib} MiB of guest RAM"
@@ -123,20 +123,20 @@ def require_ram(machine: Machine, variant: Variant = "patched") -> None:
 
 
 def require_thp(ram_kind: RamKind, variant: Variant = "patched") -> None:
-    """Refuse transparent huge pages in a kind of RAM in which they can not arise.
+    """Refuse transparent huge pages in a kind of RAM in which they cannot arise.
 
     :raise HostError: naming why not.
     """
     kind, _, private = ram_kind.partition("-")
     if private:
         raise HostError(
-            f"RAM of the kind {ram_kind} can not have transparent huge pages: the kernel copies it "
+            f"RAM of the kind {ram_kind} cannot have transparent huge pages: the kernel copies it "
             "page by page as it is written",
             f"use ram_kind {kind}, or leave thp unset",
         )
     if kind != "anon" and variant == "unpatched":
         raise HostError(
-            f"RAM of the kind {ram_kind} can not have transparent huge pages in the unpatched "
+            f"RAM of the kind {ram_kind} cannot have transparent huge pages in the unpatched "
             "QEMU, which does not begin it at a multiple of 2 MiB",
             "use the patched QEMU, or leave thp unset",
         )

@@ -221,7 +221,7 @@ class RunningVM:
         try:
             return vcpu_places(await self.hmp("info registers -a"))
         except LabError as error:
-            return f"its vCPUs can not be looked at: {error.cause}"
+            return f"its vCPUs cannot be looked at: {error.cause}"
 
     async def vcpu_threads(self) -> dict[int, int]:
         """Return the index of the vCPU for each host thread that runs one."""

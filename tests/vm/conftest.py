@@ -92,7 +92,7 @@ def reserve_huge_pages() -> Iterator[Callable[[int], str]]:
         try:
             _NR_HUGEPAGES.write_text(str(reserved + missing))
         except OSError as error:
-            return f"huge pages can not be reserved: {error.strerror}"
+            return f"huge pages cannot be reserved: {error.strerror}"
         ours = True
         if huge_pages()[1] * HUGE_PAGE_MIB < needed_mib:
             return f"this host has no {needed_mib} MiB of huge pages"

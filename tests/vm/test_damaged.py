@@ -183,7 +183,7 @@ async def test_qemu_refuses_an_image_that_ends_at_any_section(taken: Taken, tmp_
         except RestoreError as error:
             refused = error.cause
         if refused:
-            assert "can not be restored" in refused, size
+            assert "cannot be restored" in refused, size
         else:
             # Behind the last section is a description that QEMU does not need.
             assert whole == taken.memory, size
@@ -195,4 +195,4 @@ async def test_an_image_of_a_newer_format_is_refused(taken: Taken, tmp_path: Pat
         image = taken.copy(tmp_path)
         flip(image, at)
         leave_to_qemu(image, taken.sidecar)
-        assert "can not be restored" in await refusal(image)
+        assert "cannot be restored" in await refusal(image)

@@ -77,7 +77,7 @@ async def test_host_memory_is_read_outside_of_what_is_timed(tmp_path: Path) -> N
     assert (memory["huge_bytes"] <= memory["resident_bytes"]).all()
     assert (memory["page_cache_bytes"] > 0).all()
     figures = sample.figures
-    # What differs can not be more than what there is, and who loses a huge page splits its mapping,
+    # What differs cannot be more than what there is, and who loses a huge page splits its mapping,
     # but for a few MiB that QEMU gives back as a whole.
     assert figures["thp_lost_mib"] <= memory.loc["before", "huge_bytes"] / (1 << 20)
     assert figures["rss_growth_mib"] <= MACHINE.ram_mib + 256

@@ -191,7 +191,7 @@ def phases_of(method: str) -> dict[str, Phase]:
     found["hold"] = in_hold
     if method in STREAMS:
         return found | {"sweep": in_sweep, "complete": in_complete}
-    # What needs a file can not be sent through a socket.
+    # What needs a file cannot be sent through a socket.
     return found | {"sweep": in_sweep_of_file}
 
 

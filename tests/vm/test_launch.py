@@ -1,4 +1,4 @@
-"""A guest that can not start or is not permitted something says so in one line."""
+"""A guest that cannot start or is not permitted something says so in one line."""
 
 import asyncio
 import os

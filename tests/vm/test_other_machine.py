@@ -69,7 +69,7 @@ async def test_another_ram_size_is_refused_with_both_sizes(taken: Taken, ram_mib
 async def test_another_machine_type_is_refused(taken: Taken) -> None:
     taken.tell(machine_type="pc-i440fx-9.0")
     line = await refusal(taken.image)
-    assert "can not be restored" in line
+    assert "cannot be restored" in line
     assert "pc-i440fx-9.0" in line
 
 
@@ -88,4 +88,4 @@ async def test_a_machine_without_a_device_that_the_image_has_is_refused(taken: T
 async def test_a_stream_taken_for_the_other_format_is_refused(taken: Taken) -> None:
     other = "live" if taken.sidecar.method == "live-mapped" else "live-mapped"
     taken.tell(method=other)
-    assert "can not be restored" in await refusal(taken.image)
+    assert "cannot be restored" in await refusal(taken.image)

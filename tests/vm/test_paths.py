@@ -99,7 +99,7 @@ async def test_a_fifo_and_a_folder_are_refused_and_the_guest_runs_on(
 
 async def test_a_folder_that_can_not_be_written_to_is_refused(vm: VM, tmp_path: Path) -> None:
     # Of the kernel's own file systems nobody can write to this one, root included.
-    with pytest.raises(SnapshotError, match="can not be created") as caught:
+    with pytest.raises(SnapshotError, match="cannot be created") as caught:
         await vm.snapshot("/proc/self/a.snap", "live", progress=False)
     assert caught.value.remedy
     await is_left_alone(vm)

@@ -111,7 +111,7 @@ def advise_shared() -> Iterator[None]:
     """The host has transparent huge pages in memfds, for who asks for them."""
     before = thp_settings().get("shmem_enabled")
     if before is None or not os.access(SHMEM_ENABLED, os.W_OK):
-        pytest.skip("this host's setting for huge pages in shared memory can not be changed")
+        pytest.skip("this host's setting for huge pages in shared memory cannot be changed")
     # A shell that outlives whatever ends this process puts it back.
     script = f"trap '' INT TERM HUP; read -r _; echo {before} > {SHMEM_ENABLED}"
     restorer = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True)
@@ -194,7 +194,7 @@ async def test_a_file_that_can_not_be_protected_is_refused_with_the_remedy(
     monkeypatch.setenv("LAB_RAM_DIR", str(tmp_path))
     async with lab.boot(machine("file"), QUIET) as vm:
         for method in ("live", "live-inline"):
-            with pytest.raises(HostError, match=f"{method} can not .* kind file: .*LAB_RAM_DIR"):
+            with pytest.raises(HostError, match=f"{method} cannot .* kind file: .*LAB_RAM_DIR"):
                 await vm.snapshot(tmp_path / "a.snap", method, progress=False)
         assert await vm.is_running()
         # An ordinary migration protects nothing.

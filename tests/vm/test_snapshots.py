@@ -121,7 +121,7 @@ async def test_an_image_where_each_page_has_its_place_is_restored_by_many_thread
         assert found.equal, found.detail
         image = tmp_path / "a.snap"
         await vm.snapshot(image, "live", progress=False)
-        with pytest.raises(UsageError, match="4 channels can not read"):
+        with pytest.raises(UsageError, match="4 channels cannot read"):
             async with lab.restore(image, channels=4):
                 pass
         await vm.snapshot(image, "live-mapped", progress=False)
@@ -331,7 +331,7 @@ async def test_a_migration_that_does_not_converge_is_given_up_and_the_guest_runs
 
 
 async def test_a_directory_that_is_not_there_is_refused(vm: VM, tmp_path: Path) -> None:
-    with pytest.raises(SnapshotError, match="can not be created"):
+    with pytest.raises(SnapshotError, match="cannot be created"):
         await vm.snapshot(tmp_path / "missing" / "a.snap", "stop-and-copy")
     assert await vm.is_running()
 

@@ -124,7 +124,7 @@ async def fetch_kernel(say: Progress) -> Kernel:
     """Download the distribution's kernel and put it into the cache.
 
     :raise HostError: no apt.
-    :raise BuildError: when it can not be downloaded, or is none.
+    :raise BuildError: when it cannot be downloaded, or is none.
     """
     if not has_apt():
         raise HostError("no apt on this host to obtain the guest's kernel with", _REMEDY)

@@ -38,7 +38,7 @@ class _Background(Mechanism):
             )
         if "guest memory configuration" in error.cause:
             return HostError(
-                f"{self.how.name} can not write-protect guest RAM of kind "
+                f"{self.how.name} cannot write-protect guest RAM of kind "
                 f"{vm.machine.ram_kind}: {error.cause}",
                 _unprotectable_remedy(vm.machine.ram_kind),
             )
@@ -74,7 +74,7 @@ class PatchedBackground(_Background):
 
 
 class UnpatchedBackground(_Background):
-    """With upstream's engine.  It can not be held, so the guest is stopped and held before."""
+    """With upstream's engine.  It cannot be held, so the guest is stopped and held before."""
 
     def check_state(self, state: str) -> None:
         super().check_state(state)
@@ -114,7 +114,7 @@ class UnpatchedBackground(_Background):
 
 def _unprotectable_remedy(ram_kind: str) -> str:
     if ram_kind.startswith("file"):
-        return "set LAB_RAM_DIR to a folder on a tmpfs: files elsewhere can not be protected"
+        return "set LAB_RAM_DIR to a folder on a tmpfs: files elsewhere cannot be protected"
     return (
         "run on Linux 5.19 or newer, or use ram_kind anon; see wp-hugetlbfs-shmem in `lab doctor`"
     )

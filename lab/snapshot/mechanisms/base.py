@@ -56,7 +56,7 @@ class Mechanism:
         """
         if state == "postmigrate":
             raise SnapshotError(
-                "QEMU can not migrate a guest twice that has not run in between",
+                "QEMU cannot migrate a guest twice that has not run in between",
                 "let it run with vm.cont() first, and stop it again if it has to be stopped",
             )
         # The patched one refuses by itself what it has to.

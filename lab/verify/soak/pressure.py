@@ -51,7 +51,7 @@ async def swap_out(vm: RunningVM) -> None:
             )
             if code == errno.EPERM:
                 raise HostError(
-                    "a guest's memory can not be swapped out", "run as root, or with CAP_SYS_NICE"
+                    "a guest's memory cannot be swapped out", "run as root, or with CAP_SYS_NICE"
                 )
             await asyncio.sleep(PAUSE_S)
     finally:

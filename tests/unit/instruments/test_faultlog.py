@@ -143,5 +143,5 @@ def test_what_is_no_log_is_refused_in_one_line(content: bytes) -> None:
 
 
 def test_a_missing_log_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"faults\.bin can not be read"):
+    with pytest.raises(RunError, match=r"faults\.bin cannot be read"):
         read_fault_log(tmp_path / "faults.bin")

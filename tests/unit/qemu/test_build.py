@@ -313,7 +313,7 @@ async def test_a_cache_in_which_nothing_can_be_built_is_refused_before_the_downl
         build.ensure_sanitized_qemu("address"),
         build.check_each_step(),
     ):
-        with pytest.raises(HostError, match="QEMU can not be built in") as caught:
+        with pytest.raises(HostError, match="QEMU cannot be built in") as caught:
             await ask
         assert "LAB_CACHE" in caught.value.remedy
         assert "\n" not in str(caught.value)

@@ -230,7 +230,7 @@ def full_disk() -> Iterator[None]:
 
 
 def test_an_image_whose_mark_has_no_room_is_not_published(tmp_path: Path) -> None:
-    reason = r"a\.snap can not be completed: File too large"
+    reason = r"a\.snap cannot be completed: File too large"
     with full_disk(), pytest.raises(SnapshotError, match=reason):
         publish(tmp_path / "a.snap", 1)
     assert names(tmp_path) == []

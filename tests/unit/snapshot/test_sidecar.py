@@ -118,7 +118,7 @@ async def test_that_nobody_can_tell_whether_an_image_is_damaged_is_said_in_a_war
 async def test_an_image_that_is_cut_short_while_it_is_checked_is_refused(image: Path) -> None:
     with open_image(image) as opened:
         image.write_bytes(b"")
-        with pytest.raises(RestoreError, match=r"can not be read: it ends at byte \d"):
+        with pytest.raises(RestoreError, match=r"cannot be read: it ends at byte \d"):
             await check_image(opened)
 
 

@@ -89,7 +89,7 @@ async def test_a_file_that_can_not_be_written_is_told_of_and_the_sender_notices(
         with pytest.raises(BrokenPipeError):
             await send(storage, bytes(MIB))
         assert await storage.reason() == "No space left on device"
-        with pytest.raises(SnapshotError, match="can not be written: No space left on device"):
+        with pytest.raises(SnapshotError, match="cannot be written: No space left on device"):
             await storage.finish()
 
 

@@ -1,4 +1,4 @@
-"""The same machine gives the same command line; what can not work is refused before."""
+"""The same machine gives the same command line; what cannot work is refused before."""
 
 import shutil
 from pathlib import Path
@@ -199,7 +199,7 @@ def test_huge_pages_that_can_not_arise_can_not_be_asked_for(
     check_host(shared)
     with pytest.raises(HostError, match=r"unpatched QEMU.*2 MiB; use the patched"):
         check_host(shared, "unpatched")
-    with pytest.raises(HostError, match=r"memfd-private can not.*; use ram_kind memfd"):
+    with pytest.raises(HostError, match=r"memfd-private cannot.*; use ram_kind memfd"):
         check_host(Machine(ram_mib=128, ram_kind="memfd-private", thp=True))
     in_file = Machine(ram_mib=128, ram_kind="file", thp=True)
     with pytest.raises(HostError, match=r"switched off for files.*LAB_RAM_DIR.*huge=advise"):
