@@ -40,9 +40,14 @@ class Method:
     direct_io: bool = False
 
     @property
+    def has_places(self) -> bool:
+        """Whether each page has its place in the image, which then can be read by many at once."""
+        return MAPPED_RAM in self.capabilities
+
+    @property
     def is_stream(self) -> bool:
         """Whether its image is written from the first byte to the last, so that a pipe would do."""
-        return MAPPED_RAM not in self.capabilities and not self.direct_io
+        return not self.has_places and not self.direct_io
 
     def runs_on(self, variant: str) -> bool:
         """Return whether the QEMU `variant` (`patched` or `unpatched`) can do this method."""

@@ -19,10 +19,10 @@ from lab.instruments.faultlog import FaultLog, read_fault_log
 from lab.instruments.instrument import Moment, Watch
 from lab.instruments.phases import counters
 from lab.marks import Marks
-from lab.scenario.methods import MAPPED_RAM, Method
+from lab.scenario.methods import Method
 from lab.snapshot.image import file_channel
 from lab.snapshot.mechanisms import mechanism_of
-from lab.snapshot.mechanisms.base import ENDED, LIVE_STATES, Hold, until
+from lab.snapshot.mechanisms.base import ENDED, LIVE_STATES, Course, Hold, until
 from lab.snapshot.result import Snapshot
 from lab.snapshot.room import FSIZE_REMEDY
 from lab.snapshot.throttle import LimitedStorage
@@ -98,13 +98,16 @@ class Attempt:
         try:
             await self._prepare()
             self.since = len(vm.qmp.events)
+            course = Course(
+                vm=vm, migrate=self._migrate, hold=self.hold, was_running=self.was_running
+            )
             await watch.at(Moment.REQUEST)
             self.ready_at_request = vm.ready if vm.is_ready else None
             self.request_ns = time.monotonic_ns()
-            await self.mechanism.request(vm, self._migrate, self.hold, self.was_running)
+            await self.mechanism.request(course)
             self.completed = await self._await_bounded_end()
             await watch.at(Moment.COMPLETED)
-            await self.mechanism.finish(vm, self.hold, self.was_running)
+            await self.mechanism.finish(course)
             await watch.at(Moment.RUNNING)
             await self._settle()
             if self.storage is not None:
@@ -221,7 +224,7 @@ class Attempt:
         if said and limit is not None:
             # Of a page that has its place beyond the limit QEMU does not say what is wrong.
             beyond = limit < self.vm.machine.ram_mib << 20
-            if os.strerror(errno.EFBIG) in said or (beyond and MAPPED_RAM in self.how.capabilities):
+            if os.strerror(errno.EFBIG) in said or (beyond and self.how.has_places):
                 return f"{said} (RLIMIT_FSIZE); {FSIZE_REMEDY}"
         if said:
             return str(said)

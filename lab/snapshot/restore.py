@@ -60,7 +60,7 @@ async def _loaded(
 ) -> VMT:
     """Check an image and load it into a QEMU that ends with `stack`; see `restored`."""
     name, sidecar = image.path.name, image.sidecar
-    mapped = MAPPED_RAM in method(sidecar.method).capabilities
+    mapped = method(sidecar.method).has_places
     if channels < 1 or (channels > 1 and not mapped):
         raise UsageError(
             f"{channels} channels cannot read {name}, a {sidecar.method} snapshot",

@@ -7,7 +7,7 @@ from lab.errors import SnapshotError
 from lab.host.limits import process_limit
 from lab.host.room import room_bytes
 from lab.host.room import said as room_said
-from lab.scenario.methods import MAPPED_RAM, Method
+from lab.scenario.methods import Method
 from lab.snapshot.mechanisms import mechanism_of
 from lab.vm.ram import QEMU_OVERHEAD_MIB
 from lab.vm.vm import RunningVM
@@ -35,7 +35,7 @@ def check_disk(vm: RunningVM, how: Method, image: Path) -> None:
     # The least that it can be: what QEMU has besides guest RAM is not in it, and where each page
     # has its place, the last one's is beyond all others.
     least = max(resident - (QEMU_OVERHEAD_MIB << 20), 0)
-    if MAPPED_RAM in how.capabilities:
+    if how.has_places:
         least = guest_bytes
     if limit < least:
         raise SnapshotError(

@@ -5,7 +5,6 @@ instant.  The unpatched one has one engine, no log and no hold.
 """
 
 import contextlib
-from collections.abc import Awaitable, Callable
 from typing import ClassVar
 
 from lab.errors import HostError, LabError, QmpError, SnapshotError
@@ -16,7 +15,7 @@ from lab.snapshot.mechanisms.base import (
     LIVE_STATES,
     RUN_FIRST,
     UNTRANSFERABLE,
-    Hold,
+    Course,
     Mechanism,
     until,
 )
@@ -44,7 +43,7 @@ class _Background(Mechanism):
             )
         return None
 
-    async def finish(self, vm: RunningVM, hold: Hold | None, was_running: bool) -> None:
+    async def finish(self, course: Course) -> None:
         """Nothing: the guest was let go long ago."""
 
     async def free_guest(self, vm: RunningVM) -> None:
@@ -89,15 +88,10 @@ class UnpatchedBackground(_Background):
         await super().check(vm, state)
         await require_none(vm, self.how.name)
 
-    async def request(
-        self,
-        vm: RunningVM,
-        migrate: Callable[[], Awaitable[None]],
-        hold: Hold | None,
-        was_running: bool,
-    ) -> None:
-        if hold is None:
-            await migrate()
+    async def request(self, course: Course) -> None:
+        vm = course.vm
+        if course.hold is None:
+            await course.migrate()
             return
 
         async def has_begun() -> bool:
@@ -105,10 +99,10 @@ class UnpatchedBackground(_Background):
             return bool(reply.get("ram", {}).get("normal", 0)) or reply.get("status") in ENDED
 
         await vm.stop()
-        await hold()
-        await migrate()
+        await course.hold()
+        await course.migrate()
         await until(has_begun, "begin a migration")
-        if was_running:
+        if course.was_running:
             await vm.cont()
 
 

@@ -26,6 +26,22 @@ POLL_S = 0.001
 Hold = Callable[[], Awaitable[None]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """One snapshot as a mechanism sees it.
+
+    :param migrate: sends QEMU the command `migrate`.
+    :param hold: to be awaited at the instant that the image shows, the guest stopped there; None:
+        it is not held.
+    :param was_running: whether the guest is to run on afterwards.
+    """
+
+    vm: RunningVM
+    migrate: Callable[[], Awaitable[None]]
+    hold: Hold | None
+    was_running: bool
+
+
 @dataclass(frozen=True)
 class Mechanism:
     """A migration that leaves the vCPUs stopped at its end.
@@ -85,31 +101,25 @@ class Mechanism:
         """Return what a refusal of the capabilities means, where more is known than QEMU says."""
         return None
 
-    async def request(
-        self,
-        vm: RunningVM,
-        migrate: Callable[[], Awaitable[None]],
-        hold: Hold | None,
-        was_running: bool,
-    ) -> None:
+    async def request(self, course: Course) -> None:
         """Begin: every command from the first that affects the guest."""
-        await migrate()
+        await course.migrate()
 
-    async def finish(self, vm: RunningVM, hold: Hold | None, was_running: bool) -> None:
+    async def finish(self, course: Course) -> None:
         """Once QEMU reports completion, hold the guest and let its vCPUs go on as soon as it may.
 
         QEMU reports completion just before it leaves the state `finish-migrate`, in which it
         refuses to continue.
         """
-        if hold is not None:
-            await hold()
-        if was_running:
+        if course.hold is not None:
+            await course.hold()
+        if course.was_running:
 
             async def is_final() -> bool:
-                return await vm.status() != "finish-migrate"
+                return await course.vm.status() != "finish-migrate"
 
             await until(is_final, "finish a migration")
-            await vm.cont()
+            await course.vm.cont()
 
     async def free_guest(self, vm: RunningVM) -> None:
         """Before a migration is cancelled, let the guest go that it may hold."""

@@ -37,7 +37,7 @@ from lab.scenario.machine import (
     Machine,
     RamKind,
 )
-from lab.scenario.methods import MAPPED_RAM, METHODS, Method, Variant, method
+from lab.scenario.methods import METHODS, Method, Variant, method
 from lab.scenario.workload import PAGE_KIB, Workload, WorkloadKind
 
 _T = TypeVar("_T")
@@ -523,7 +523,7 @@ def _reconcile_shot(shot: dict[str, Any], needed_mib: int, spare_mib: int, offer
         shot["method"] = "live-mapped"
     how: Method = METHODS[shot["method"]]
     shot["buffer_mib"] = max(shot["buffer_mib"], needed_mib)
-    if MAPPED_RAM not in how.capabilities:
+    if not how.has_places:
         shot["channels"] = 1
     shot["balloon_mib"] = min(shot["balloon_mib"], spare_mib)
     shot["log_faults"] = shot["log_faults"] and how.mechanism == "background"

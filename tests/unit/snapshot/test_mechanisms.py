@@ -9,6 +9,7 @@ from lab.errors import QmpError
 from lab.scenario.methods import METHODS
 from lab.session import VM
 from lab.snapshot.mechanisms import mechanism_of
+from lab.snapshot.mechanisms.base import Course
 
 
 class RecordingVM:
@@ -43,12 +44,17 @@ def told(method: str, variant: str, *, held: bool, was_running: bool = True) -> 
     """What QEMU is told from the request until its vCPUs go on; `completed` is its report."""
     vm = RecordingVM("finish-migrate", "postmigrate")
     mechanism = mechanism_of(METHODS[method], variant)
-    hold = vm.hold if held else None
+    course = Course(
+        vm=cast(VM, vm),
+        migrate=vm.migrate,
+        hold=vm.hold if held else None,
+        was_running=was_running,
+    )
 
     async def work() -> None:
-        await mechanism.request(cast(VM, vm), vm.migrate, hold, was_running)
+        await mechanism.request(course)
         vm.told.append("completed")
-        await mechanism.finish(cast(VM, vm), hold, was_running)
+        await mechanism.finish(course)
 
     asyncio.run(work())
     return vm.told
