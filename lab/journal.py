@@ -1,8 +1,9 @@
 """Things that come one after the other, kept in order, and awaited."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Generic, TypeVar
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Generic, TypeVar
 
 _T = TypeVar("_T")
 
@@ -55,3 +56,22 @@ class Journal(Generic[_T]):
                 if self.problem is not None:
                     raise self.problem
                 await changed.wait()
+
+
+@contextlib.asynccontextmanager
+async def read_meanwhile(
+    reading: Coroutine[Any, Any, None], writer: asyncio.StreamWriter, name: str
+) -> AsyncIterator[None]:
+    """Run `reading`, which fills a journal from a connection, while the context lasts; then close
+    the connection.
+    """
+    task = asyncio.create_task(reading, name=name)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        writer.close()
+        # The other end may be gone.
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 from lab.errors import GuestError, GuestSilentError
 from lab.guests.protocol import Record, parse_record
-from lab.journal import Journal
+from lab.journal import Journal, read_meanwhile
 
 MAX_TEXT_CHARS = 4 << 20
 """Text beyond this is dropped from the front: a guest in trouble can print for ever."""
@@ -115,12 +115,5 @@ async def attached(sock: socket.socket) -> AsyncIterator[Console]:
     """Read the console from `sock`, one end of a connected pair; the context closes it."""
     reader, writer = await asyncio.open_connection(sock=sock)
     console = Console(writer)
-    task = asyncio.create_task(console._read(reader), name="console")
-    try:
+    async with read_meanwhile(console._read(reader), writer, "console"):
         yield console
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()

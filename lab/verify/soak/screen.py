@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from lab.errors import GuestError
-from lab.journal import Journal
+from lab.journal import Journal, read_meanwhile
 
 CONNECT_TIMEOUT_S = 30.0
 """QEMU's main thread answers, and a busy one may take its time."""
@@ -138,12 +138,5 @@ async def viewing(path: Path) -> AsyncIterator[Viewer]:
         raise GuestError(
             f"no screen on {path.name}: {error!r}", "boot the machine with vnc=True"
         ) from error
-    task = asyncio.create_task(viewer._view(), name="viewer")
-    try:
+    async with read_meanwhile(viewer._view(), writer, "viewer"):
         yield viewer
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
