@@ -17,7 +17,7 @@ help: ## list the targets
 setup: ## install what is missing: Debian packages (as root), .venv/
 	@sh lab/bootstrap.sh
 
-build: setup ## build QEMU, patched and unpatched, and the guest
+build: setup ## build QEMU, patched and unpatched, and the guests
 	@$(PYTHON) -m lab build
 
 reproduce: setup ## measure every method on this machine; PROFILE=quick (default) or full; REPRODUCE_ARGS

@@ -66,7 +66,7 @@ def sides(
         if one.kind == "floor":
             raise RunError(
                 f"{one.name} is a floor, and compare is for snapshots",
-                "see both with `lab report`, or lab.floor.summary.df_floor_medians",
+                "see both with `lab report`, or lab.analysis.floor.df_floor_medians",
             )
     if method_a or method_b:
         pairs = [(method_a or str(method_b), method_b or str(method_a))]

@@ -1,6 +1,6 @@
 """The host's side of the guest's protocol: command line, records, progress page, working set.
 
-workload.c is the guest's side and README.md beside it the description of both. Everything here
+linux/workload.c and common/*.h are the guest's side, and README.md describes both. Everything here
 is pure: bytes and lines in, values out. A test runs the C code on the host and compares.
 """
 

@@ -151,8 +151,8 @@ _FIELDS: tuple[Column | Dimension, ...] = (
         "outcome",
         "text",
         "",
-        "ok, failed (the snapshot was not taken) or undecided (taken, but the figures or the check "
-        "are not trusted)",
+        "ok, failed (the snapshot was not taken, or the restored guest differed) or undecided "
+        "(taken, but it could not be verified)",
     ),
     *(DIMENSIONS[name] for name in ("ram_mib", "wss_mib", "vcpus", "workload", "rate_ops_per_s")),
     *(DIMENSIONS[name] for name in (*DEVICES, "storage_mib_per_s")),

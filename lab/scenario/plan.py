@@ -72,7 +72,7 @@ class Plan:
         if any(case.scenario.machine.accel == "auto" for case in self.cases()):
             raise UsageError(
                 "what is measured runs under the one accelerator or the other, not under auto",
-                "see lab.accelerator.settled, or name tcg or kvm",
+                "name tcg or kvm",
             )
 
     def cases(self) -> list[Case]:

@@ -1,5 +1,5 @@
 /*
- * layout: what the host finds in the guest's memory.  README.md beside this file describes it.
+ * layout: what the host finds in the guest's memory.  ../README.md describes it.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */

@@ -2,7 +2,7 @@
  * writers: what the guests do with their working set, which both of them do alike.
  *
  * Nothing here needs an operating system, so that it runs in a process of Linux, in the
- * microguest, and in a test on the host.  README.md beside this file describes the working set and
+ * microguest, and in a test on the host.  ../README.md describes the working set and
  * the order of the stores; protocol.py is the host's side of the same definitions.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later

@@ -6,7 +6,7 @@
  * host never asks it anything while a measurement runs: it reads one page of
  * guest RAM, the progress page, behind the guest's back.
  *
- * README.md beside this file describes the records, the progress page, the
+ * ../README.md describes the records, the progress page, the
  * working set and the order of the stores.  writers.h has what the microguest does
  * alike.  protocol.py is the host's side of the same definitions; a test compiles
  * this file with -DLAB_HOST_TEST and compares.

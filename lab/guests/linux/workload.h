@@ -1,5 +1,5 @@
 /*
- * What workload.c and devices.c share.  README.md beside this file describes the records.
+ * What workload.c and devices.c share.  ../README.md describes the records.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */

@@ -1,7 +1,7 @@
 """The microguest: compile its ROM, and write a copy of it that holds what the guest is to do.
 
-The guest is described in micro/README.md, and the pages that it counts in, which are those of
-the Linux guest, in README.md.  What is in the cache: ``guest/microguest-<key>.rom``, where the key
+README.md beside this file describes the guest, and ../README.md the pages that it counts in, which
+are those of the Linux guest.  What is in the cache: ``guest/microguest-<key>.rom``, where the key
 is a hash of everything the bytes depend on.
 """
 

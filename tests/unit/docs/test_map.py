@@ -1,4 +1,4 @@
-"""lab/README.md is a map of the code as it is, and its floors are those of the imports."""
+"""lab/README.md is a map of the code as it is, and its levels are those of the imports."""
 
 import ast
 import re
@@ -18,13 +18,13 @@ MODULES = {
 ROOMS = sorted({module.split(".")[1] for module in MODULES if module != "lab"} - {"__main__"})
 
 
-def floors() -> dict[str, int]:
-    """Each room's floor, as the map says."""
+def levels() -> dict[str, int]:
+    """Each room's level, as the map says."""
     found = {}
-    for floor, rooms in re.findall(r"^\| (\d+) \| (.*?) \|", TEXT, re.M):
+    for level, rooms in re.findall(r"^\| (\d+) \| (.*?) \|", TEXT, re.M):
         for room in re.findall(r"`(\w+)(?:\.py|/)`", rooms):
             assert room not in found, f"{room} is on the map twice"
-            found[room] = int(floor)
+            found[room] = int(level)
     return found
 
 
@@ -44,17 +44,17 @@ def imports() -> Iterator[tuple[str, str, bool]]:
 
 
 def test_the_map_has_every_room_and_no_other() -> None:
-    assert sorted(floors()) == ROOMS
+    assert sorted(levels()) == ROOMS
 
 
-def test_a_room_imports_only_from_the_floors_below_it() -> None:
-    floor = floors()
+def test_a_room_imports_only_from_the_levels_below_it() -> None:
+    level = levels()
     upwards = sorted(
         f"{module} imports {imported}"
         for module, imported, _ in imports()
         if module.count(".") and imported.count(".") and module != "lab.__main__"
         for room, other in [(module.split(".")[1], imported.split(".")[1])]
-        if room != other and floor[other] >= floor[room]
+        if room != other and level[other] >= level[room]
     )
     assert upwards == []
 

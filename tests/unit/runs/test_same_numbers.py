@@ -3,7 +3,7 @@ recorded: however the lab is rebuilt, it computes the same numbers.
 
 `data/derived-tables.json` has a digest for each table of each set.  A test that fails here names
 the set and the table; where a definition was changed on purpose, write the digests anew with
-`python tests/unit/test_same_numbers.py`, and say so where the number is defined.
+`python tests/unit/runs/test_same_numbers.py`, and say so where the number is defined.
 """
 
 import hashlib

@@ -219,7 +219,9 @@ def test_everything_that_may_be_drawn_is_drawn() -> None:
 
 
 def test_no_parameter_of_a_guest_is_forgotten() -> None:
-    """A new field of `Machine` or `Workload` has to be drawn too: list it in lab/draw.py."""
+    """A new field of `Machine` or `Workload` has to be drawn too: list it in
+    lab/verify/soak/draw.py.
+    """
     fields = {field.name for field in dataclasses.fields(Machine)}
     assert set(MACHINE) == fields - NOT_DRAWN - SIZES
     kinds = {*WORKLOAD["kind"], *LATER_KINDS} - {None}
