@@ -217,7 +217,6 @@ def _check_programs() -> list[Check]:
 
 
 def _check_built() -> list[Check]:
-
     checks = []
     for variant in VARIANTS:
         name = f"qemu {variant}"

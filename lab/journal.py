@@ -59,18 +59,32 @@ class Journal(Generic[_T]):
 
 
 @contextlib.asynccontextmanager
+async def meanwhile(
+    work: Coroutine[Any, Any, None], name: str
+) -> AsyncIterator[asyncio.Task[None]]:
+    """Do `work` in a task of its own while the context lasts, and cancel what is left of it then.
+
+    Await the task that the context gives to have all of it done, or what it raises raised.
+    """
+    task = asyncio.create_task(work, name=name)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
 async def read_meanwhile(
     reading: Coroutine[Any, Any, None], writer: asyncio.StreamWriter, name: str
 ) -> AsyncIterator[None]:
     """Run `reading`, which fills a journal from a connection, while the context lasts; then close
     the connection.
     """
-    task = asyncio.create_task(reading, name=name)
     try:
-        yield
+        async with meanwhile(reading, name):
+            yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
         writer.close()
         # The other end may be gone.
         with contextlib.suppress(OSError):

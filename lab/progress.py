@@ -4,7 +4,6 @@ import re
 import shutil
 import sys
 import time
-from types import TracebackType
 from typing import Self, TextIO
 
 _COUNT = re.compile(r"\b\d+(?:[./]\d+)?\b")
@@ -42,12 +41,7 @@ class ProgressLine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._in_place:
             self._stream.write("\r\x1b[K")
             self._stream.flush()

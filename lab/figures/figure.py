@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from lab.errors import LabError, UsageError
 from lab.figures.stamp import stamp_text, write_under
 from lab.figures.style import blank, styled, title_over
-from lab.runs.columns import METRICS
+from lab.runs.columns import COLUMNS, METRICS
 from lab.runs.run import Run
 from lab.runs.sets import RunSet
 
@@ -108,7 +108,7 @@ class Plot(Generic[P, Drawn]):
             return self._problem(run_set)
         runs = run_set.measured()
         lacking = [name for name in self.needs if not any(_has(run, name) for run in runs)]
-        named = [TABLES[n] if n in TABLES else METRICS[n].title for n in lacking or self.needs]
+        named = [_called(name) for name in lacking or self.needs]
         if not runs:
             return f"no run of {run_set.name} counts"
         return f"no run of {run_set.name} has {' and '.join(named)}"
@@ -175,8 +175,12 @@ def _first(drawn: Axes | list[Axes]) -> Axes:
     return drawn[0] if isinstance(drawn, list) else drawn
 
 
+def _called(name: str) -> str:
+    return TABLES.get(name, f"the table {name}") if name in COLUMNS else METRICS[name].title
+
+
 def _has(run: Run, name: str) -> bool:
-    return run.has(name) if name in TABLES else run.summary.get(name) is not None
+    return run.has(name) if name in COLUMNS else run.summary.get(name) is not None
 
 
 def figure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def plot_sample_gaps(gaps: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     ax = axes_or_new(ax)
     intervals = sorted(gaps["interval_us"].unique().tolist())
-    for interval_us, shade in zip(intervals, OTHER_COLOURS, strict=False):
+    for interval_us, shade in zip(intervals, itertools.cycle(OTHER_COLOURS), strict=False):
         label: str | None = f"every {interval_us / 1e3:g} ms"
         for _, boot in gaps[gaps["interval_us"] == interval_us].groupby("run", sort=False):
             values = np.sort(boot["gap_ms"].to_numpy(dtype=np.float64))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -59,7 +61,7 @@ def plot_phases(phases: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         widths = wide.unstack(fill_value=0).reindex(columns=names, fill_value=0)
         rows = row + np.arange(len(widths))
         left = np.zeros(len(widths))
-        for name, shade in zip(names, OTHER_COLOURS, strict=False):
+        for name, shade in zip(names, itertools.cycle(OTHER_COLOURS), strict=False):
             label = name if row == 0 else None
             width = widths[name].to_numpy(dtype=np.float64)
             ax.barh(rows, width, left=left, color=shade, label=label)

@@ -193,14 +193,17 @@ def probe_kvm() -> str:
         return f"there is no {KVM_DEVICE}"
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "lab.probe"],
+            [sys.executable, "-m", __spec__.name],
             capture_output=True,
             text=True,
             timeout=_KVM_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
         return "a vCPU does not come back from its first instruction"
-    return done.stdout.strip() if done.returncode else ""
+    if not done.returncode:
+        return ""
+    said = (done.stdout or done.stderr).strip().splitlines()
+    return said[-1] if said else f"the probe of KVM ended with status {done.returncode}"
 
 
 def _main() -> int:

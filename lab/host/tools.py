@@ -25,7 +25,7 @@ def require_tools(names: Sequence[str]) -> None:
         raise HostError(f"missing programs: {' '.join(missing)}", "run `sh lab/bootstrap.sh`")
 
 
-def find_compiler(names: Sequence[str], remedy: str) -> str:
+def find_compiler(names: Sequence[str], what: str, remedy: str) -> str:
     """Return the path of the first of these C compilers that is there.
 
     :raise HostError: when none is.
@@ -33,7 +33,7 @@ def find_compiler(names: Sequence[str], remedy: str) -> str:
     for name in names:
         if path := shutil.which(name):
             return path
-    raise HostError("no C compiler", remedy)
+    raise HostError(f"no C compiler for {what}", remedy)
 
 
 def log_tail(log: Path, lines: int = 3) -> str:

@@ -28,6 +28,7 @@ from lab.errors import GuestError
 from lab.guests.protocol import PAGE_BYTES, PAGE_MAGIC, PAGE_WORDS, WORD_MAGIC
 from lab.host.memory import write_process
 from lab.instruments.instrument import Found, Happened, Instrument, Moment, Step, Taken, Watched
+from lab.journal import meanwhile
 
 METRICS = (
     Metric(
@@ -115,13 +116,9 @@ class KnownFaults:
             # A thread of its own: it waits for each fault, and so would everything else.
             await asyncio.to_thread(self._write)
 
-        task = asyncio.create_task(write(), name="known faults")
-        try:
+        async with meanwhile(write(), "known faults") as writing:
             yield
-            await task
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await writing
 
     def _write(self) -> None:
         self.tid = threading.get_native_id()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
-from types import TracebackType
 from typing import Self
 
 from lab.host.needs import available_memory_mib
@@ -38,12 +37,7 @@ class WarmMemory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     @property

@@ -138,7 +138,7 @@ class BuildStamp:
 
 
 DEVICES = Path(__file__).with_name("lab.mak")
-"""The devices that are built, for QEMU\'s configuration."""
+"""The devices that are built, for QEMU's configuration."""
 
 _SCHEMA = "lab.qemu-build/1"
 

@@ -105,7 +105,7 @@ SET = Schema(
     # Schema 2 can be sealed; one of schema 1 never is.
     upgrades={1: lambda document: document},
 )
-RUNS = Schema(family="lab.runs", version=1, kind=RunsRecord, remedy=_REMEDY)
+RUNS = Schema(family="lab.runs", version=1, kind=RunsRecord, remedy="restore it from its source")
 RUN_SCHEMA, SET_SCHEMA, RUNS_SCHEMA = str(RUN), str(SET), str(RUNS)
 
 

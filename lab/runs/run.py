@@ -206,7 +206,6 @@ class Run:
         return f"<Run {self.name} {self.record.outcome}>"
 
     def _repr_html_(self) -> str:
-
         cells = {"run": self.name, "outcome": self.record.outcome}
         for metric in (METRICS[name] for name in SHORT):
             cells[metric.title] = metric.shown(self.summary.get(metric.name))

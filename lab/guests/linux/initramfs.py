@@ -87,4 +87,4 @@ async def build_archive(drivers: Mapping[str, bytes], target: Path) -> None:
 
 
 def _compiler() -> str:
-    return find_compiler(_COMPILERS, _COMPILER_REMEDY)
+    return find_compiler(_COMPILERS, "the guest's workload", _COMPILER_REMEDY)

@@ -39,7 +39,7 @@ async def ensure_program() -> Program:
     :raise HostError: no C compiler.
     :raise BuildError: the compilation failed.
     """
-    compiler = find_compiler(COMPILERS, "install gcc and libc6-dev")
+    compiler = find_compiler(COMPILERS, "the floor's program", "install gcc and libc6-dev")
     folder = cache_dir() / "floor"
     folder.mkdir(exist_ok=True)
     log = folder / "build.log"

@@ -26,7 +26,7 @@ class Precopy(Mechanism):
 
 
 async def _require_one_block(vm: RunningVM) -> None:
-    """Refuse RAM in several blocks, of which upstream loses pages: see its patch in lab/qemu."""
+    """Refuse RAM in several blocks, of which upstream loses pages; see lab/qemu/README.md."""
     large = [block.name for block in await vm.ram_blocks() if block.used_bytes >= _SMALL_BYTES]
     if len(large) > 1:
         raise SnapshotError(

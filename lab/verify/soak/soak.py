@@ -25,6 +25,7 @@ from typing import Any, get_args
 from lab.errors import GuestError, GuestSilentError, HostError, LabError, TransientError, UsageError
 from lab.host.ksm import KSM, ksm_running
 from lab.host.needs import available_memory_mib, huge_pages
+from lab.journal import meanwhile
 from lab.scenario.document import to_json
 from lab.scenario.machine import HUGE_PAGE_MIB, GuestKind, Machine, RamKind
 from lab.session import VM, boot, restore
@@ -445,14 +446,10 @@ async def _balloon_moved(vm: VM, how: Shot) -> AsyncIterator[None]:
         await _resumed(vm)
         await vm.execute("balloon", {"value": (vm.machine.ram_mib - how.balloon_mib) << 20})
 
-    moving = asyncio.create_task(move(), name="moving the balloon")
-    try:
+    async with meanwhile(move(), "moving the balloon") as moving:
         yield
-        # Whoever verifies a snapshot sees the guest go on, so this is over in a moment.
+        # Verifying a snapshot has seen the guest go on, so this is over in a moment.
         await moving
-    finally:
-        moving.cancel()
-        await asyncio.gather(moving, return_exceptions=True)
 
 
 async def _goes_on(vm: VM) -> None:

@@ -1,9 +1,9 @@
 """What figures and tables are drawn from is, for the recorded sets, what it was when they were
 recorded: however the lab is rebuilt, it computes the same numbers.
 
-`data/derived-tables.json` has a digest for each table of each set.  A test that fails here names
-the set and the table; where a definition was changed on purpose, write the digests anew with
-`python tests/unit/runs/test_same_numbers.py`, and say so where the number is defined.
+`tests/unit/data/derived-tables.json` has a digest for each table of each set.  A test that
+fails here names the set and the table; where a definition was changed on purpose, write
+the digests anew with `python -m tests.unit.runs.test_same_numbers`, and say so where the number is defined.
 """
 
 import hashlib

@@ -81,7 +81,7 @@ def test_counts_that_differ_from_what_was_asked_for_are_found(counts: dict[str, 
 async def test_it_compiles_without_a_warning(tmp_path: Path) -> None:
     strict = ["-Werror", "-Wpedantic", "-Wshadow"]
     target = tmp_path / "floor"
-    compiler = find_compiler(build.COMPILERS, "install gcc")
+    compiler = find_compiler(build.COMPILERS, "a test", "install gcc")
     await run_tool(
         [compiler, *build.CFLAGS, *strict, "-o", target, build.SOURCE], log=tmp_path / "log"
     )
