@@ -19,7 +19,6 @@ import pandas as pd
 from lab.instruments.instrument import Moment, Watch
 from lab.instruments.progress import ProgressSampler, sampling
 from lab.instruments.slowwrites import read_slow_writes
-from lab.instruments.threads import ThreadTimes, timing_threads
 from lab.instruments.writelatency import WriteLatency, write_latency
 from lab.scenario.machine import Accel, Machine
 from lab.scenario.methods import Variant
@@ -43,10 +42,6 @@ class VM(RunningVM):
         :raise HostError: when this process may not read QEMU's memory.
         """
         return sampling(self, interval_us)
-
-    def timing_threads(self) -> AbstractAsyncContextManager[ThreadTimes]:
-        """Look at the times of QEMU's threads while the context lasts."""
-        return timing_threads(self)
 
     async def write_latency(self) -> WriteLatency:
         """Return the reader of how long the guest's operations take.

@@ -56,25 +56,10 @@ def _slot(method: str) -> int:
     return names.index(method) if method in names else len(names) + sum(map(ord, method))
 
 
-# There are more methods than colours: one that differs from another by the file's format alone
-# shares its colour, and is drawn broken.
-_COLOUR_OF = {
-    "live": 0,
-    "live-rfc": 1,
-    "live-inline": 2,
-    "live-mapped": 5,
-    "live-direct": 5,
-    "live-inline-mapped": 2,
-    "background": 3,
-    "migrate-to-file": 4,
-    "stop-and-copy": 6,
-}
-_BROKEN = ("live-direct", "live-inline-mapped")
-
-
 def colour(method: str) -> str:
     """The colour of a method, the same in every figure."""
-    return COLOURS[_COLOUR_OF.get(method, _slot(method)) % len(COLOURS)]
+    hue = METHODS[method].hue if method in METHODS else _slot(method)
+    return COLOURS[hue % len(COLOURS)]
 
 
 def marker(method: str) -> str:
@@ -92,9 +77,10 @@ def dashes(method: str, step: int = 0) -> Dashes:
     """How a line of a method is drawn: solid at first, with longer gaps from step to step.  Where
     another method has the same colour, a dot is in each of the gaps, so that the two differ.
     """
-    gap = 1.2 * (step + (method in _BROKEN))
+    broken = method in METHODS and METHODS[method].broken
+    gap = 1.2 * (step + broken)
     ink = 6.0 / (1 + 0.5 * step)
-    if method in _BROKEN:
+    if broken:
         return (0.0, (ink, gap, 1.0, gap))
     return (0.0, (ink, gap) if step else ())
 

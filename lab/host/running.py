@@ -19,7 +19,6 @@ class StrayQemu:
 
     pid: int
     name: str
-    parent_pid: int
     orphaned: bool
 
 
@@ -41,8 +40,7 @@ def running_qemus() -> list[StrayQemu]:
                 continue
             parent = process.parent()
             orphaned = parent is None or parent.pid == 1 or parent.name() == "systemd"
-            pid = 0 if parent is None else parent.pid
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-        found.append(StrayQemu(pid=process.pid, name=name, parent_pid=pid, orphaned=orphaned))
+        found.append(StrayQemu(pid=process.pid, name=name, orphaned=orphaned))
     return found

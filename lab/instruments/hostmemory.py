@@ -26,7 +26,6 @@ from lab.instruments.instrument import Found, Instrument, Moment, Step, Taken
 READINGS = ("before", "after")
 
 _MIB = 1 << 20
-_VMSTAT = ("thp_split_pmd", "thp_split_page")
 _MEMINFO = {"Cached": "page_cache_bytes", "Dirty": "dirty_bytes"}
 TABLE = (
     Column(

@@ -23,6 +23,7 @@ from typing import Any
 import lab
 from lab.errors import HostError, LabError, RunError, UsageError
 from lab.guests.registry import GUESTS
+from lab.host.cache import cache_dir
 from lab.host.needs import kvm_problem
 from lab.instruments.hugepages import require_rebuild
 from lab.measure.ground import Ground, survey
@@ -174,7 +175,8 @@ async def measure_again(recorded: RunSet, folder: Path, *, repeats: int = 1) -> 
 
 
 async def recorded(folder: Path | str, *, live: bool = False, repeats: int = 1) -> RunSet:
-    """Load a run set; or measure its plan on this machine, into a private folder, and return that.
+    """Load a run set; or measure its plan on this machine, into a folder of the cache, and return
+    that.
 
     :param live: measure.  A set of the floor is loaded all the same: `lab floor` measures that.
     :param repeats: boots per case, where it is measured.
@@ -185,7 +187,9 @@ async def recorded(folder: Path | str, *, live: bool = False, repeats: int = 1) 
     found = load_set(folder)
     if not live or found.kind == "floor":
         return found
-    private = Path(tempfile.mkdtemp(prefix="lab-live-"))
+    kept = cache_dir() / "live"
+    kept.mkdir(exist_ok=True)
+    private = Path(tempfile.mkdtemp(prefix=f"{found.name}-", dir=kept))
     return await measure_again(found, private, repeats=repeats)
 
 

@@ -217,7 +217,7 @@ def _download(url: str, target: Path, cancelled: threading.Event, progress: Prog
             progress(f"download QEMU's release {done_bytes >> 20}/{total_mib} MiB")
 
 
-async def _from_release(upstream: Upstream, log: Path, progress: Progress) -> Source:
+async def _from_release(upstream: Upstream, progress: Progress) -> Source:
     loop = asyncio.get_running_loop()
     cancelled = threading.Event()
 
@@ -318,7 +318,7 @@ async def _download_source(log: Path, progress: Progress) -> Source:
         _log.warning("no source from Debian (%s); trying the release", error)
         with log.open("a") as sink:
             sink.write(f"no source from Debian: {error}\n")
-    return await _from_release(upstream, log, progress)
+    return await _from_release(upstream, progress)
 
 
 async def unpack(source: Source, tree: Path, log: Path) -> None:

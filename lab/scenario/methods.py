@@ -28,6 +28,10 @@ class Method:
     guest for all of it.  `live` is whether the image shows the instant of the request, and
     `direct_io` whether pages are written past the host's page cache, which the file system of the
     image has to permit.
+
+    In figures `hue` is its colour, by number (`lab.figures.style.COLOURS`), and `broken` whether
+    its line is.  There are more methods than colours: one that differs from another by the file's
+    format alone shares its hue.
     """
 
     name: str
@@ -35,6 +39,8 @@ class Method:
     binary: Literal["patched", "unpatched", "any"]
     mechanism: Mechanism
     live: bool
+    hue: int
+    broken: bool = False
     engine: str | None = None
     capabilities: tuple[str, ...] = ()
     direct_io: bool = False
@@ -63,7 +69,13 @@ _BACKGROUND = ("background-snapshot",)
 
 
 def _patched(
-    name: str, title: str, engine: str, *capabilities: str, direct_io: bool = False
+    name: str,
+    title: str,
+    engine: str,
+    *capabilities: str,
+    hue: int,
+    broken: bool = False,
+    direct_io: bool = False,
 ) -> Method:
     """A method of one of the patched QEMU's engines."""
     return Method(
@@ -72,6 +84,8 @@ def _patched(
         binary="patched",
         mechanism="background",
         live=True,
+        hue=hue,
+        broken=broken,
         engine=engine,
         capabilities=(*_BACKGROUND, *capabilities),
         direct_io=direct_io,
@@ -80,24 +94,37 @@ def _patched(
 
 def _methods() -> Iterator[Method]:
     yield _patched(
-        "live", "a fault thread copies pages aside, a sweep releases memory in chunks", "copy"
+        "live",
+        "a fault thread copies pages aside, a sweep releases memory in chunks",
+        "copy",
+        hue=0,
     )
     yield _patched(
-        "live-rfc", "a fault thread hands pages to the snapshot thread (the RFC's design)", "rfc"
+        "live-rfc",
+        "a fault thread hands pages to the snapshot thread (the RFC's design)",
+        "rfc",
+        hue=1,
     )
     yield _patched(
         "live-inline",
         "one thread for faults and sweep (upstream's engine in the patched QEMU)",
         "inline",
+        hue=2,
     )
     yield _patched(
-        "live-mapped", "into a file where each page has its place (mapped-ram)", "copy", MAPPED_RAM
+        "live-mapped",
+        "into a file where each page has its place (mapped-ram)",
+        "copy",
+        MAPPED_RAM,
+        hue=5,
     )
     yield _patched(
         "live-direct",
         "into a file where each page has its place, past the host's page cache",
         "copy",
         MAPPED_RAM,
+        hue=5,
+        broken=True,
         direct_io=True,
     )
     yield _patched(
@@ -105,6 +132,8 @@ def _methods() -> Iterator[Method]:
         "upstream's engine, into a file where each page has its place",
         "inline",
         MAPPED_RAM,
+        hue=2,
+        broken=True,
     )
     yield Method(
         name="background",
@@ -112,6 +141,7 @@ def _methods() -> Iterator[Method]:
         binary="unpatched",
         mechanism="background",
         live=True,
+        hue=3,
         capabilities=_BACKGROUND,
     )
     yield Method(
@@ -120,6 +150,7 @@ def _methods() -> Iterator[Method]:
         binary="any",
         mechanism="precopy",
         live=False,
+        hue=4,
     )
     yield Method(
         name="stop-and-copy",
@@ -127,6 +158,7 @@ def _methods() -> Iterator[Method]:
         binary="any",
         mechanism="stopped",
         live=True,
+        hue=6,
     )
 
 

@@ -95,13 +95,9 @@ async def _loaded(
     vm.fallback = choice.fallback
     vm.machine_type = sidecar.machine_type
     await _load(vm, image, mapped=mapped, channels=channels)
-    vm._ready = sidecar.ready
-    if sidecar.boot_before is not None:
-        vm._nonce_before_boot = int(sidecar.boot_before, 16)
+    await vm.taken_over(sidecar.ready, sidecar.boot_before)
     if vm.is_ready:
         await _check_identity(vm, name)
-    else:
-        await vm._permit_reboot(True)
     return vm
 
 

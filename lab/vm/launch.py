@@ -68,5 +68,5 @@ async def _started(kind: type[VMT], launch: Launch) -> AsyncIterator[VMT]:
             await process.wait(QUIT_GRACE_S)
             raise process.died("starting") from error
         vm = kind(launch, process=process, qmp=qmp, console=console, guest=guest, files=files)
-        stack.push_async_callback(vm._quit)
+        stack.push_async_callback(vm.quit)
         yield vm

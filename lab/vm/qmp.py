@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +33,12 @@ LINK_TIMEOUT_S = 10.0
 class Event:
     """One QMP event.
 
-    `time_us` is QEMU's own stamp, CLOCK_REALTIME in microseconds; `received_ns` is when this
-    process saw it, CLOCK_MONOTONIC.
+    `time_us` is QEMU's own stamp, CLOCK_REALTIME in microseconds.
     """
 
     name: str
     data: Mapping[str, Any]
     time_us: int
-    received_ns: int
 
 
 class Qmp:
@@ -146,7 +143,6 @@ class Qmp:
                 name=str(message["event"]),
                 data=data,
                 time_us=stamp["seconds"] * 1_000_000 + stamp["microseconds"],
-                received_ns=time.monotonic_ns(),
             )
             log.debug("event %s %s", event.name, event.data)
             self._journal.add(event)

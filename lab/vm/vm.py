@@ -186,6 +186,18 @@ class RunningVM:
             "it was reset",
         )
 
+    async def taken_over(self, ready: ReadyRecord | None, boot_before: str | None) -> None:
+        """Take note of what the guest had said in the image that it was restored from.
+
+        :param ready: None: it was booting, and may reset its machine.
+        :param boot_before: see `boot_before`.
+        """
+        self._ready = ready
+        if boot_before is not None:
+            self._nonce_before_boot = int(boot_before, 16)
+        if ready is None:
+            await self._permit_reboot(True)
+
     async def _permit_reboot(self, permitted: bool) -> None:
         """Let a reset start the machine over, or end QEMU, as -no-reboot has it.
 
@@ -288,7 +300,8 @@ class RunningVM:
             f"this QEMU has no machine type {self.machine.chipset}", "build it with `lab build`"
         )
 
-    async def _quit(self) -> None:
+    async def quit(self) -> None:
+        """Have QEMU end, if it still answers; what does not is ended with its process."""
         if self.process.exit_code is None and not self.qmp.is_lost:
             with contextlib.suppress(QmpError):
                 await self.qmp.execute("quit", timeout_s=QUIT_GRACE_S)

@@ -71,7 +71,7 @@ def test_another_process_that_was_killed_is_none(tmp_path: Path) -> None:
 def test_guests_other_than_the_measured_one_are_neighbours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    guests = [StrayQemu(pid=pid, name="lab-x", parent_pid=1, orphaned=False) for pid in (7, 8)]
+    guests = [StrayQemu(pid=pid, name="lab-x", orphaned=False) for pid in (7, 8)]
     monkeypatch.setattr("lab.host.neighbours.running_qemus", lambda: guests)
     with neighbours(7) as found:
         pass

@@ -125,7 +125,7 @@ class Monitor:
 
     def _happen(self, name: str, **data: str) -> None:
         time_us = time.clock_gettime_ns(time.CLOCK_REALTIME) // 1000
-        self.events.append(Event(name, data, time_us, time.monotonic_ns()))
+        self.events.append(Event(name, data, time_us))
 
     async def wait_event(
         self, wanted: Callable[[Event], bool], *, since: int = 0, timeout_s: float

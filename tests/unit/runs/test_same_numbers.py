@@ -3,7 +3,8 @@ recorded: however the lab is rebuilt, it computes the same numbers.
 
 `tests/unit/data/derived-tables.json` has a digest for each table of each set.  A test that
 fails here names the set and the table; where a definition was changed on purpose, write
-the digests anew with `python -m tests.unit.runs.test_same_numbers`, and say so where the number is defined.
+the digests anew with `python -m tests.unit.runs.test_same_numbers`, and say so where the number
+is defined.
 """
 
 import hashlib
