@@ -5,15 +5,18 @@ import json
 import sys
 from typing import get_args
 
+from lab.cli import Subparsers, add_command
 from lab.progress import ProgressLine
 from lab.scenario.methods import Sanitizer
 
 
-def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add the command's parser."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "build",
-        help="build QEMU, patched and unpatched, and the guests",
+        _build,
+        summary="build QEMU, patched and unpatched, and the guests",
         description="Build what is missing: QEMU with and without the patch series, and guests.",
     )
     parser.add_argument(
@@ -43,7 +46,6 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="only build the patched QEMU with the compiler's sanitizers of addresses and "
         "undefined behaviour, or of threads, and print its path; `make sanitize` uses it",
     )
-    parser.set_defaults(handler=_build)
 
 
 async def _build(args: argparse.Namespace) -> int:
