@@ -150,7 +150,8 @@ class Plot(Generic[P, Drawn]):
             tell = getattr(data, f"df_{next(iter(self.needs), '')}", None)
             if tell is None:
                 raise UsageError(
-                    f"{data!r} alone has nothing for this figure", "pass a run set, or its table"
+                    f"a {type(data).__name__} alone has nothing for this figure",
+                    "pass a run set, or a table of it, such as lab.df_runs gives",
                 )
             try:
                 found = tell()

@@ -43,7 +43,8 @@ def stamp_text(run_set: RunSet, *, drawn: Sequence[Run] | None = None) -> str:
         boots = f"{shown} of {boots}"
 
     def all_of(field: str) -> str:
-        return "/".join(sorted({str(r.summary.get(field)) for r in runs}))
+        found = {r.summary.get(field) for r in runs}
+        return "/".join(map(str, in_order(field, list(found))))
 
     def limit(field: str, unit: str) -> list[str]:
         found = {recorded_dimension(r.record.scenario, field) for r in runs}

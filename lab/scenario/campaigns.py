@@ -9,6 +9,7 @@ from typing import Any
 
 from lab.errors import UsageError
 from lab.scenario.dimensions import replace_dimensions
+from lab.scenario.document import from_json
 from lab.scenario.floor import FloorPlan
 from lab.scenario.instruments import Instruments
 from lab.scenario.machine import Machine
@@ -58,7 +59,7 @@ def _campaign(
         plan = FloorPlan(**floor)
     else:
         machine, workload, storage, instruments = replace_dimensions(
-            Machine(), Workload(), Storage(), Instruments(), base or {}
+            Machine(), Workload(), Storage(), from_json(Instruments, {}), base or {}
         )
         plan = Plan(
             methods=tuple(methods or ()),

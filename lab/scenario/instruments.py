@@ -1,6 +1,6 @@
 """What watches a measured snapshot."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from lab.scenario.require import require, require_bool, require_int
 
@@ -60,8 +60,9 @@ class Instruments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("log_faults", "time_threads", "read_host_memory", "rebuild_huge_pages"):
-            require_bool(name, getattr(self, name))
+        for f in fields(self):
+            if isinstance(f.default, bool):
+                require_bool(f.name, getattr(self, f.name))
         # More than a second apart there may be no two samples before the request.
         require_int("sample_interval_us", self.sample_interval_us, 100, 100_000)
         require_int("known_faults", self.known_faults, 0, 4096)

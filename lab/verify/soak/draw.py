@@ -46,7 +46,7 @@ VERSION = 4
 """Of what a seed gives.  It rises whenever some seed gives another trial than before, so that a
 record or a command of an earlier version is not taken for what it can no longer repeat."""
 
-GuestChoice = Literal["linux", "micro", "any"]
+GuestChoice = Literal[GuestKind, "any"]
 RunState = Literal["running", "paused", "prelaunch"]
 
 # Small, because every byte is copied, restored and compared; what is in them is varied enough.

@@ -66,7 +66,7 @@ def test_every_key_of_a_run_is_documented() -> None:
 @pytest.mark.parametrize("path", SETS, ids=lambda path: path.name)
 def test_a_recorded_set_is_whole_unchanged_and_documented(path: Path) -> None:
     recorded = load_set(path)
-    assert recorded.record.status == "sealed"
+    assert (recorded.name, recorded.record.status) == (path.name, "sealed")
     assert len(recorded) > 0
     for one in recorded:
         for name, table in one.record.tables.items():

@@ -155,8 +155,8 @@ def test_an_instrument_can_be_left_out_of_every_second_run_of_a_round() -> None:
 
 def test_a_set_that_names_no_instruments_is_measured_again_with_those_of_its_time() -> None:
     recorded = load_set(TEST_DATA / "synthetic-run-set-schema-1")
-    found = plan_of(recorded).instruments
-    assert found == Instruments(log_faults=True, time_threads=False, read_host_memory=False)
+    found = dataclasses.asdict(plan_of(recorded).instruments)
+    assert [name for name, value in found.items() if value is True] == ["log_faults"]
 
 
 async def test_a_comparison_names_the_instruments_that_differ(tmp_path: Path) -> None:

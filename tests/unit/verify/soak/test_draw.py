@@ -1,6 +1,7 @@
 """Whatever is drawn can be run, and the same seed gives the same trial."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import typing
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from lab.errors import UsageError
 from lab.scenario.document import from_json, to_json
+from lab.scenario.guests import GuestKind
 from lab.scenario.machine import RAM_RESERVE_MIB, Machine, RamKind
 from lab.scenario.methods import METHODS
 from lab.scenario.scenario import Scenario
@@ -46,6 +48,9 @@ KINDS = typing.get_args(RamKind)
 NOT_DRAWN = {"accel", "guest", "extra_args", "rate_ops_per_s", "page_kib"}
 #: Fields that go with the binary, and are drawn after it.
 SIZES = {"fault_around_pages", "chunk_kib"}
+
+#: Of what the first 200 seeds give.
+DIGEST = "25e99c6bddc00197"
 
 #: What is drawn for a trial as a whole.
 WHOLE = ("keep", "ksm", "pressure")
@@ -186,6 +191,27 @@ def test_seeds_give_the_same_everywhere_and_for_ever() -> None:
     assert (trial.machine.ram_mib, trial.machine.vcpus) == (256, 1)
     assert (trial.workload.kind, trial.workload.seed) == ("random", 1501717207)
     assert draw(24).workload == Workload("sequential", wss_mib=32, threads=1, seed=3646985387)
+    drawn = [drawn_of(draw(seed, Choice(guest="any"))) for seed in range(200)]
+    assert hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16] == DIGEST
+
+
+def drawn_of(trial: Trial) -> dict[str, Any]:
+    """What is not at its default: a field that is added, and not drawn, changes no trial."""
+
+    def changed(part: Any) -> dict[str, Any]:
+        values = dataclasses.asdict(part)
+        plain = {f.name: f.default for f in dataclasses.fields(part)}
+        return {name: value for name, value in values.items() if value != plain[name]}
+
+    return changed(trial) | {
+        "machine": changed(trial.machine),
+        "workload": changed(trial.workload),
+        "shots": [changed(shot) for shot in trial.shots],
+    }
+
+
+def test_every_guest_has_its_turn() -> None:
+    assert {guest for guest, _ in GUESTS} == set(typing.get_args(GuestKind))
 
 
 @given(seeds)
