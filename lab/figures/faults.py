@@ -25,6 +25,7 @@ from lab.figures.style import (
     step_up,
     styled_cases,
 )
+from lab.instruments.faultlog import latency_ns
 from lab.runs.cases import case_label
 from lab.runs.sets import RunSet
 from lab.stats import quantile
@@ -104,10 +105,9 @@ def plot_fault_histogram(
 def _latencies(faults: pd.DataFrame) -> pd.DataFrame:
     if "latency_us" in faults:
         return faults if "run" in faults else faults.assign(run="")
-    released = faults["released_ns"] > 0
-    latency = ((faults["released_ns"] - faults["read_ns"]) / 1e3).where(released)
+    latency = latency_ns(faults["read_ns"], faults["released_ns"]).astype("Float64") / 1e3
     case = faults.attrs.get("case", {})
-    return pd.DataFrame({"run": "", **case, "latency_us": latency})
+    return pd.DataFrame({"run": "", **case, "latency_us": latency.astype(float)})
 
 
 @figure(

@@ -1,11 +1,10 @@
-"""Execute notebooks: with their own parameters to refresh what is committed, with others to re-
-make the figures.
+"""Execute notebooks: with their own parameters to refresh what is committed, with others to make
+the figures of other data.
 
 ``python -m lab.report.notebooks`` re-executes every notebook in place, and refreshes what else
 shows recorded data: the figures as files of their own, and the README's table.  Nothing that
-depends on
-when or where it ran is kept, so that two executions over the same data differ only where the
-figures do.
+depends on when or where it ran is kept, so that two executions over the same data differ only
+where the figures do.
 """
 
 from __future__ import annotations

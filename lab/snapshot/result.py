@@ -44,8 +44,8 @@ from lab.scenario.workload import Workload
 class Snapshot:
     """A snapshot that was taken, and how that went.  See the module for what the times are.
 
-    The tables name the snapshot in their `attrs` (`case`, `request_ns`, `stop_ns`, `resume_ns`,
-    `end_ns`), so that `lab.plot_*` draw them as they are.
+    The tables name the snapshot in their `attrs` (`case` and its instants, as in `marks`),
+    so that `lab.plot_*` draw them as they are.
 
     Of its `marks`, `stop_ns` and `resume_ns` are None when the guest was stopped before and stayed
     so.
