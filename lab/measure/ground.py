@@ -30,7 +30,6 @@ def survey(plan: Plan, fallback: str = "") -> Ground:
     :param fallback: why accelerator "auto" is not KVM, to be kept with what is known of the host.
     :raise HostError: when a build is missing.
     """
-
     binaries: dict[str, Any] = {}
     for variant in plan.variants:
         # Where a binary lies is this machine's business; what it is, is in its hash.

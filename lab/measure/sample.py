@@ -237,7 +237,6 @@ async def _timed(vm: VM, scenario: Scenario, image: Path, warm: WarmMemory) -> S
 
 async def _verified(vm: VM, scenario: Scenario, image_dir: Path, sample: Sample) -> Sample:
     """Add what the oracle says.  An image that differs makes the run failed, whatever it cost."""
-
     # Images and dumps are as large as the guest: a campaign that is killed must not leave them.
     with private_folder("lab-verify-", image_dir) as folder:
         try:

@@ -143,23 +143,35 @@ def describe(plan: Plan) -> Sequence[str]:
     """The plan as lines for `--dry-run`."""
     machine, workload = plan.machine, plan.workload
     planned = slots(plan)
-    left_out = [name for name, on in asdict(plan.instruments).items() if on is False]
+    usual = asdict(Instruments())
+    left_out = [
+        name for name, on in asdict(plan.instruments).items() if usual[name] and on is False
+    ]
+    # What is varied is named as that, below, and has no one value.
+    same = {
+        "ram_mib": f"{machine.ram_mib} MiB RAM",
+        "vcpus": f"{machine.vcpus} vCPU",
+        "accel": machine.accel,
+        "guest": "" if machine.guest == Machine.guest else GUEST_LIMITS[machine.guest].title,
+    }
+    work = {"workload": workload.kind, "wss_mib": f"{workload.wss_mib} MiB"}
     paced = 0 if "rate_ops_per_s" in plan.vary else workload.rate_ops_per_s
     rate = 0 if "storage_mib_per_s" in plan.vary else plan.storage.storage_mib_per_s
     head = "; ".join(
-        [
+        part
+        for part in [
             f"{len(planned)} runs: {plan.repeats} x {len(plan.cases())} "
             + ("cases" if plan.vary else "methods")
             + (f" after {plan.warmups} warm-up rounds" if plan.warmups else ""),
-            f"{machine.ram_mib} MiB RAM, {machine.vcpus} vCPU, {machine.accel}"
-            + ("" if machine.guest == Machine.guest else f", {GUEST_LIMITS[machine.guest].title}"),
-            f"{workload.kind} {workload.wss_mib} MiB",
+            ", ".join(text for name, text in same.items() if text and name not in plan.vary),
+            " ".join(text for name, text in work.items() if name not in plan.vary),
             *([f"{paced} operations/s"] if paced else []),
             *([f"image at {rate} MiB/s"] if rate else []),
             *(f"not {name}" for name in left_out if name not in plan.vary),
             *(f"{key} varied" for key in sorted(plan.vary)),
             f"about {estimate_text(TYPICAL_RUN_S * len(planned))}",
         ]
+        if part
     )
     return [
         head,

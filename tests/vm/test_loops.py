@@ -45,7 +45,7 @@ async def refused(vm: VM, folder: Path, why: str) -> None:
     """Every use is refused in one line that names the thread, and leaves no file."""
     for use in uses(vm, folder):
         with pytest.raises(UsageError, match=f"event loop of thread {NAME}, {why}") as caught:
-            await use()  # type: ignore[misc]
+            await use()  # type: ignore[misc]  # functions of several types
         assert caught.value.remedy
         assert "\n" not in str(caught.value)
     assert list(folder.iterdir()) == []

@@ -110,7 +110,7 @@ async def test_what_it_can_not_do_it_refuses_by_name(
     parameters = micro.parameters
 
     def wrong(*args: object) -> bytes:
-        words = bytearray(parameters(*args))  # type: ignore[arg-type]
+        words = bytearray(parameters(*args))  # type: ignore[arg-type]  # passed on as they come
         struct.pack_into("<Q", words, 8 * word, value)
         return bytes(words)
 
@@ -126,7 +126,7 @@ async def test_a_kind_is_not_refused_for_coming_after_one_that_is(
     parameters = micro.parameters
 
     def later(*args: object) -> bytes:
-        words = bytearray(parameters(*args))  # type: ignore[arg-type]
+        words = bytearray(parameters(*args))  # type: ignore[arg-type]  # passed on as they come
         struct.pack_into("<Q", words, 8, len(protocol.KINDS) - 1)
         return bytes(words)
 

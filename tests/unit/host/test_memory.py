@@ -3,8 +3,6 @@
 import ctypes
 import mmap
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +15,7 @@ from lab.host.memory import (
     residency,
     write_process,
 )
+from tests.support.told import Told, told
 
 # Holds a page of known content at a known address until its stdin is closed.
 _HOLDER = """
@@ -31,49 +30,32 @@ for line in sys.stdin:
 PATTERN = bytes(range(256)) * 16
 
 
-class Holder:
-    def __init__(self, process: "subprocess.Popen[str]", address: int) -> None:
-        self.process = process
-        self.address = address
-
-    def set_first_byte(self, value: int) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{value}\n")
-        self.process.stdin.flush()
-        assert self.process.stdout.readline() == "done\n"
-
-
 @pytest.fixture
-def holder() -> Iterator[Holder]:
-    with subprocess.Popen(
-        [sys.executable, "-c", _HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        yield Holder(process, int(process.stdout.readline()))
-        process.kill()
+def holder() -> Iterator[Told]:
+    with told(_HOLDER) as process:
+        yield process
 
 
-def test_a_read_returns_what_the_process_holds(holder: Holder) -> None:
+def test_a_read_returns_what_the_process_holds(holder: Told) -> None:
     assert read_process(holder.process.pid, holder.address, 4096) == PATTERN
     assert read_process(holder.process.pid, holder.address + 7, 23) == PATTERN[7:30]
 
 
-def test_a_window_shows_what_changed_since(holder: Holder) -> None:
+def test_a_window_shows_what_changed_since(holder: Told) -> None:
     window = RemoteWindow(holder.process.pid, holder.address, 8)
     window.read()
     assert bytes(window.buffer) == PATTERN[:8]
-    holder.set_first_byte(200)
+    holder.tell(200)
     window.read()
     assert bytes(window.buffer) == b"\xc8" + PATTERN[1:8]
 
 
-def test_a_range_that_is_not_mapped_is_an_error(holder: Holder) -> None:
+def test_a_range_that_is_not_mapped_is_an_error(holder: Told) -> None:
     with pytest.raises(OSError, match="process_vm_readv"):
         read_process(holder.process.pid, 4096, 8)
 
 
-def test_a_process_that_is_gone_is_an_error(holder: Holder) -> None:
+def test_a_process_that_is_gone_is_an_error(holder: Told) -> None:
     holder.process.kill()
     holder.process.wait()
     with pytest.raises(OSError, match="process_vm_readv"):
@@ -105,13 +87,13 @@ def test_memory_that_is_written_becomes_resident() -> None:
     assert residency(os.getpid(), address, 16 << 20).resident >= 1 << 20
 
 
-def test_what_is_written_is_there_and_nothing_beside_it(holder: Holder) -> None:
+def test_what_is_written_is_there_and_nothing_beside_it(holder: Told) -> None:
     write_process(holder.process.pid, holder.address + 7, b"\0hello\0")
     content = read_process(holder.process.pid, holder.address, len(PATTERN))
     assert content == PATTERN[:7] + b"\0hello\0" + PATTERN[14:]
 
 
-def test_what_is_not_mapped_can_not_be_written(holder: Holder) -> None:
+def test_what_is_not_mapped_can_not_be_written(holder: Told) -> None:
     with pytest.raises(OSError, match=r"process_vm_writev|mapped"):
         write_process(holder.process.pid, 4096, b"x")
 

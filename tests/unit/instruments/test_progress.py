@@ -1,8 +1,6 @@
 """The sampler sees the counters of a process exactly, and ends with it."""
 
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -10,6 +8,7 @@ import pytest
 
 from lab.errors import GuestError
 from lab.instruments.progress import ProgressSampler
+from tests.support.told import Told, told
 
 # A page with counters at words 16 and 24; each line on stdin is what to add to the second.
 _COUNTER = """
@@ -24,27 +23,10 @@ for line in sys.stdin:
 BOUND_S = 30.0
 
 
-class Counter:
-    def __init__(self, process: "subprocess.Popen[str]", address: int) -> None:
-        self.process = process
-        self.address = address
-
-    def add(self, value: int) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{value}\n")
-        self.process.stdin.flush()
-        assert self.process.stdout.readline() == "done\n"
-
-
 @pytest.fixture
-def counter() -> Iterator[Counter]:
-    with subprocess.Popen(
-        [sys.executable, "-c", _COUNTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        yield Counter(process, int(process.stdout.readline()))
-        process.kill()
+def counter() -> Iterator[Told]:
+    with told(_COUNTER) as process:
+        yield process
 
 
 def wait_until(reached: Callable[[], bool]) -> None:
@@ -54,11 +36,11 @@ def wait_until(reached: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def test_every_thread_counts_and_a_known_number_of_operations_is_seen(counter: Counter) -> None:
+def test_every_thread_counts_and_a_known_number_of_operations_is_seen(counter: Told) -> None:
     with ProgressSampler(counter.process.pid, counter.address, threads=2) as sampler:
         wait_until(lambda: sampler.samples >= 3)
         before_ns = time.monotonic_ns()
-        counter.add(23)
+        counter.tell(23)
         after_ns = time.monotonic_ns()
         seen = sampler.samples
         wait_until(lambda: sampler.samples >= seen + 2)
@@ -72,14 +54,14 @@ def test_every_thread_counts_and_a_known_number_of_operations_is_seen(counter: C
     assert (df["read_ns"] > 0).all()
 
 
-def test_one_thread_leaves_the_other_counters_out(counter: Counter) -> None:
-    counter.add(23)
+def test_one_thread_leaves_the_other_counters_out(counter: Told) -> None:
+    counter.tell(23)
     with ProgressSampler(counter.process.pid, counter.address, threads=1) as sampler:
         wait_until(lambda: sampler.samples >= 1)
     assert set(sampler.df()["ops"]) == {1000}
 
 
-def test_samples_are_kept_beyond_one_chunk_without_a_gap(counter: Counter) -> None:
+def test_samples_are_kept_beyond_one_chunk_without_a_gap(counter: Told) -> None:
     # As fast as possible, so that several chunks fill up soon.
     with ProgressSampler(counter.process.pid, counter.address, interval_ns=1000) as sampler:
         wait_until(lambda: sampler.samples > 40_000)
@@ -89,7 +71,7 @@ def test_samples_are_kept_beyond_one_chunk_without_a_gap(counter: Counter) -> No
     assert set(df["ops"]) == {1000}
 
 
-def test_a_late_sample_does_not_shift_the_deadlines_after_it(counter: Counter) -> None:
+def test_a_late_sample_does_not_shift_the_deadlines_after_it(counter: Told) -> None:
     interval_ns = 2_000_000
     with ProgressSampler(counter.process.pid, counter.address, interval_ns=interval_ns) as sampler:
         wait_until(lambda: sampler.samples >= 50)
@@ -99,7 +81,7 @@ def test_a_late_sample_does_not_shift_the_deadlines_after_it(counter: Counter) -
     assert late_ns.quantile(0.25) < interval_ns / 2
 
 
-def test_sampling_ends_when_the_process_does(counter: Counter) -> None:
+def test_sampling_ends_when_the_process_does(counter: Told) -> None:
     with ProgressSampler(counter.process.pid, counter.address) as sampler:
         wait_until(lambda: sampler.samples >= 1)
         counter.process.kill()
@@ -108,7 +90,7 @@ def test_sampling_ends_when_the_process_does(counter: Counter) -> None:
     assert len(sampler.df()) >= 1
 
 
-def test_an_address_with_nothing_there_fails_at_once(counter: Counter) -> None:
+def test_an_address_with_nothing_there_fails_at_once(counter: Told) -> None:
     sampler = ProgressSampler(counter.process.pid, 4096)
     with pytest.raises(GuestError, match="progress page"), sampler:
         pass

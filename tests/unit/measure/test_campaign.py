@@ -151,6 +151,15 @@ def test_an_instrument_can_be_left_out_of_every_second_run_of_a_round() -> None:
     assert {s.case.name for s in slots(plan)} == {"live, time_threads=yes", "live, time_threads=no"}
     without = Plan(methods=("live",), instruments=Instruments(log_faults=False))
     assert "not log_faults" in describe(without)[0]
+    assert "rebuild_huge_pages" not in describe(without)[0]
+
+
+def test_a_description_gives_no_one_value_of_what_is_varied() -> None:
+    head = describe(Plan(methods=("live",), vary={"ram_mib": (512, 2048), "wss_mib": (8, 16)}))[0]
+    assert "1024 MiB" not in head
+    assert "256 MiB" not in head
+    assert "1 vCPU, tcg; random;" in head
+    assert head.count("varied") == 2
 
 
 def test_a_set_that_names_no_instruments_is_measured_again_with_those_of_its_time() -> None:

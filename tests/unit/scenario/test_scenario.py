@@ -215,7 +215,7 @@ def test_an_unknown_key_deep_inside_is_refused() -> None:
         lambda: Machine(disk="virtio", disk_aio="native"),
         lambda: Machine(disk="ide", disk_iothread=True),
         lambda: Machine(disk="ide", chipset="q35"),
-        lambda: Machine(chipset="isapc"),  # type: ignore[arg-type]
+        lambda: Machine(chipset="isapc"),  # type: ignore[arg-type]  # wrong on purpose
         lambda: Machine(balloon_reporting=True),
         lambda: Machine(chunk_kib=300),
         lambda: Machine(chunk_kib=128),
