@@ -79,7 +79,6 @@ def test_a_campaign_is_measured_as_it_is_or_with_what_other_flags_change(
     assert main(["measure", *changed, "--campaign", "kvm-faults", "--dry-run"]) == 0
     head, only = capsys.readouterr().out.splitlines()
     assert head.startswith("1 runs: 1 x 1 cases; 1024 MiB RAM, 1 vCPU, microguest;")
-    assert "accel=tcg" in only
     assert "2000 operations/s" in head
     assert only.endswith("live, accel=tcg")
 
