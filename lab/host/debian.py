@@ -53,6 +53,19 @@ def has_apt() -> bool:
     return all(shutil.which(name) for name in ("apt-get", "apt-cache", "dpkg-deb"))
 
 
+def archive_keyring() -> Path:
+    """Return the file with the keys of Debian's archive.
+
+    :raise HostError: when it is not installed.
+    """
+    keyring = next((path for path in _KEYRINGS if path.exists()), None)
+    if keyring is None:
+        raise HostError(
+            "the keys of Debian's archive are not installed", "install debian-archive-keyring"
+        )
+    return keyring
+
+
 def _options(settings: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(part for key, value in settings.items() for part in ("-o", f"{key}={value}"))
 
@@ -87,11 +100,7 @@ class Apt:
 
         :raise HostError: when the keys of Debian's archive are not installed.
         """
-        keyring = next((path for path in _KEYRINGS if path.exists()), None)
-        if keyring is None:
-            raise HostError(
-                "the keys of Debian's archive are not installed", "install debian-archive-keyring"
-            )
+        keyring = archive_keyring()
         own = self.with_lists(folder)
         listing = folder / "sources.list"
         write_atomically(listing, f"deb-src [signed-by={keyring}] {uri} {suite} main\n".encode())
