@@ -16,6 +16,7 @@ import msgspec
 import pandas as pd
 
 from lab.errors import HostError, LabError
+from lab.host.compiled import Program
 from lab.host.info import HostInfo
 from lab.host.limits import ThrottleCount
 from lab.host.needs import require_memory, require_uffd
@@ -24,7 +25,6 @@ from lab.host.room import require_room
 from lab.host.workdir import private_folder
 from lab.marks import Marks
 from lab.measure.campaign import open_recording
-from lab.measure.floor.build import Program
 from lab.measure.floor.program import Output, run_block
 from lab.measure.ground import Ground
 from lab.measure.sample import filesystem_of, held_back, held_back_warnings

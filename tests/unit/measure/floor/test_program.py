@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lab.errors import BuildError, HostError, LabError
+from lab.host.compiled import COMPILERS
 from lab.host.probe import probe_uffd
 from lab.host.tools import find_compiler, run_tool
 from lab.measure.floor import build
@@ -81,7 +82,7 @@ def test_counts_that_differ_from_what_was_asked_for_are_found(counts: dict[str, 
 async def test_it_compiles_without_a_warning(tmp_path: Path) -> None:
     strict = ["-Werror", "-Wpedantic", "-Wshadow"]
     target = tmp_path / "floor"
-    compiler = find_compiler(build.COMPILERS, "a test", "install gcc")
+    compiler = find_compiler(COMPILERS, "a test", "install gcc")
     await run_tool(
         [compiler, *build.CFLAGS, *strict, "-o", target, build.SOURCE], log=tmp_path / "log"
     )

@@ -1,0 +1,123 @@
+"""Real servers on free ports of this host, each in a folder of its own, ended with the test."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+START_S = 30.0
+
+
+def free_port() -> int:
+    """A port that nobody has now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def running_server(
+    command: list[str], port: int, folder: Path, user: str | None = None
+) -> Iterator[int]:
+    """Run a server until the context is left, and give its process id once `port` answers."""
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            user=user,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + START_S
+        while True:
+            with contextlib.suppress(ConnectionRefusedError), socket.socket() as sock:
+                sock.connect(("127.0.0.1", port))
+                break
+            assert process.poll() is None, (folder / "server.log").read_text()
+            assert time.monotonic() < deadline, (folder / "server.log").read_text()
+            time.sleep(0.02)
+        yield process.pid
+    finally:
+        # One that a test has stopped would not end before it goes on.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGCONT)
+        process.terminate()
+        try:
+            process.wait(10)
+        finally:
+            process.kill()
+            process.wait()
+
+
+class Server:
+    """A server that runs: its port and its process id."""
+
+    def __init__(self, port: int, pid: int) -> None:
+        self.port = port
+        self.pid = pid
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Have the kernel run nothing of it meanwhile."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
+
+
+def _redis_command(folder: Path) -> list[str]:
+    if found := shutil.which("redis-server"):
+        return [found]
+    # Debian's redis-tools has the server under another name, and does not start it as a service.
+    if found := shutil.which("redis-check-rdb"):
+        (folder / "redis-server").symlink_to(found)
+        return [str(folder / "redis-server")]
+    pytest.skip("no redis-server: install redis-tools")
+
+
+@pytest.fixture
+def redis_options() -> list[str]:
+    """What the server of `redis` is started with besides; tests override it."""
+    return []
+
+
+@pytest.fixture
+def redis(tmp_path: Path, redis_options: list[str]) -> Iterator[Server]:
+    """A Redis that keeps nothing on disk."""
+    port = free_port()
+    command = [*_redis_command(tmp_path), "--port", str(port), "--bind", "127.0.0.1"]
+    with running_server([*command, "--save", "", *redis_options], port, tmp_path) as pid:
+        yield Server(port, pid)
+
+
+Ask = Callable[..., bytes]
+
+
+@pytest.fixture
+def ask(redis: Server) -> Iterator[Ask]:
+    """Ask that Redis something, and get what it answers, as bytes."""
+    with socket.create_connection(("127.0.0.1", redis.port), timeout=20) as sock:
+        file = sock.makefile("rb")
+
+        def send(*words: str) -> bytes:
+            parts = [f"${len(word.encode())}\r\n{word}\r\n" for word in words]
+            sock.sendall(f"*{len(words)}\r\n{''.join(parts)}".encode())
+            line = file.readline()
+            if not line.startswith(b"$") or line == b"$-1\r\n":
+                return line.strip()
+            return file.read(int(line[1:]) + 2)[:-2]
+
+        yield send
+        file.close()
