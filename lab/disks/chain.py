@@ -88,6 +88,29 @@ async def read_chain(
         path, needed_by, format = layer.backing, path, backing_format
 
 
+async def read_backing(qemu_img: Path, image: Path) -> Path | None:
+    """The file that an image is directly on, whatever else there is to say of the image.
+
+    None for the last of a chain; also where the image is not there, although its folder is, or is
+    on something that is no file of this host.
+
+    :raise OSError: when it cannot be found out.
+    """
+    try:
+        os.close(os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+    except FileNotFoundError:
+        os.scandir(image.parent).close()
+        return None
+    done = await run_qemu_img(qemu_img, "info", "-U", "--output=json", image)
+    if done.status != 0:
+        raise OSError(errno.EIO, _reason(done.said))
+    try:
+        backing = _backing(image, json.loads(done.output))
+    except UsageError:
+        return None
+    return None if backing is None else Path(os.path.realpath(backing))
+
+
 async def require_unlocked(qemu_img: Path, *images: Path) -> None:
     """Check that no other QEMU has these files open for writing.
 
