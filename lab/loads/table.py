@@ -13,7 +13,7 @@ TABLE = (
         "int64",
         "ns",
         "CLOCK_MONOTONIC of the host: open loop: when the rate asked for the request; closed loop: "
-        "when the connection's reply before it had come",
+        "when the connection's reply before it had come; pgbench: when the transaction began",
     ),
     Column("sent_ns", "int64", "ns", "when its first byte was sent; NA when it was not sent yet"),
     Column("done_ns", "int64", "ns", "when its whole reply had been read; NA when it had not yet"),
@@ -70,7 +70,8 @@ def request_table(
 ) -> pd.DataFrame:
     """Make the table, in the order in which requests were due; 0 is for no instant.
 
-    :param until_ns: the instant up to which what happened is in the arrays.
+    :param until_ns: the instant up to which what happened is in the arrays; it is in the table's
+        `attrs` under this name.
     """
     table = pd.DataFrame(
         {
@@ -87,10 +88,12 @@ def request_table(
     )
     table.loc[sent_ns == 0, ["sent_ns", "client"]] = pd.NA
     table.loc[done_ns == 0, "done_ns"] = pd.NA
-    return in_order(table)
+    return in_order(table, until_ns)
 
 
-def in_order(table: pd.DataFrame) -> pd.DataFrame:
+def in_order(table: pd.DataFrame, until_ns: int) -> pd.DataFrame:
     """`table` with its columns, types and rows in the one order that they have everywhere."""
     ordered = table[list(COLUMNS)].astype(_DTYPES)
-    return ordered.sort_values(_ORDER, kind="stable", ignore_index=True)
+    ordered = ordered.sort_values(_ORDER, kind="stable", ignore_index=True)
+    ordered.attrs = {"until_ns": until_ns}
+    return ordered

@@ -47,7 +47,7 @@ def test_conda_gets_what_pip_gets() -> None:
     wanted = [*table["dependencies"], *table["optional-dependencies"]["notebooks"]]
     dependencies = environment()["dependencies"]
     assert isinstance(dependencies, list)
-    given = [entry for entry in dependencies if not re.match(r"(python=|pip$)", entry)]
+    given = [entry for entry in dependencies if not re.match(r"(python=|pip:?$)", entry)]
 
     assert sorted(given) == sorted(conda_requirement(entry) for entry in wanted)
 

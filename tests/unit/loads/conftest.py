@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,9 +26,16 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running_server(
-    command: list[str], port: int, folder: Path, user: str | None = None
+    command: list[str],
+    port: int,
+    folder: Path,
+    user: str | None = None,
+    end: signal.Signals = signal.SIGTERM,
 ) -> Iterator[int]:
-    """Run a server until the context is left, and give its process id once `port` answers."""
+    """Run a server until the context is left, and give its process id once `port` answers.
+
+    :param end: the signal at which it ends and does not wait for its clients.
+    """
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(
             command,
@@ -52,7 +60,7 @@ def running_server(
         # One that a test has stopped would not end before it goes on.
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGCONT)
-        process.terminate()
+        process.send_signal(end)
         try:
             process.wait(10)
         finally:
@@ -121,3 +129,52 @@ def ask(redis: Server) -> Iterator[Ask]:
 
         yield send
         file.close()
+
+
+def _postgres_programs() -> Path:
+    """The folder with PostgreSQL's server programs, of the newest version."""
+    found = list(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not found:
+        pytest.skip("no PostgreSQL server: install postgresql")
+    return max(found, key=lambda path: float(path.parts[-3])).parent
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A PostgreSQL that lets anybody of this host in and waits for no disk."""
+    programs = _postgres_programs()
+    # It refuses to run as root.
+    user = "nobody" if os.geteuid() == 0 else None
+    # Among temporary files that another user may reach.
+    with tempfile.TemporaryDirectory(prefix="lab-test-postgres-") as name:
+        folder = Path(name)
+        if user:
+            shutil.chown(folder, user)
+        data = folder / "data"
+        subprocess.run(
+            [
+                programs / "initdb",
+                "--no-sync",
+                "--auth=trust",
+                "--username=postgres",
+                "--encoding=UTF8",
+                "--locale=C",
+                data,
+            ],
+            check=True,
+            capture_output=True,
+            cwd=folder,
+            user=user,
+        )
+        port = free_port()
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "unix_socket_directories": "",
+            "fsync": "off",
+            "shared_buffers": "16MB",
+            "max_connections": "20",
+        }
+        command = [str(programs / "postgres"), "-D", str(data), "-p", str(port)]
+        command += [part for key, value in options.items() for part in ("-c", f"{key}={value}")]
+        with running_server(command, port, folder, user, signal.SIGINT) as pid:
+            yield Server(port, pid)

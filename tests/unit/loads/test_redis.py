@@ -20,7 +20,7 @@ MS = 1_000_000
 async def test_it_compiles_without_a_warning(tmp_path: Path) -> None:
     strict = ["-Werror", "-Wpedantic", "-Wshadow"]
     compiler = find_compiler(COMPILERS, "a test", "install gcc")
-    command = [compiler, *CFLAGS, *strict, "-o", tmp_path / "redis", SOURCE]
+    command: list[str | Path] = [compiler, *CFLAGS, *strict, "-o", tmp_path / "redis", SOURCE]
     await run_tool(command, log=tmp_path / "log")
 
 
