@@ -264,7 +264,7 @@ async def _build(work: Path, mke2fs: Path, log: Path, say: Progress) -> None:
     """Fill a folder with all of a build."""
     began = time.monotonic()
     tree, disk = work / "tree", work / "disk.img"
-    key = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", LABEL, "-f", work / "key"]
+    key = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", LABEL, "-f", str(work / "key")]
     await run_tool(key, log=log)
     await _unpack(tree, work, log, say)
     query = ["dpkg-query", f"--admindir={tree / 'var/lib/dpkg'}", "-W"]
