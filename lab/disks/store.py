@@ -459,11 +459,12 @@ def _read_reference(file: Path) -> Reference:
 
 def _state(snapshot: Path, mark: str, inode: int) -> State:
     beside = snapshot.name + ".json"
-    # A sidecar that is published has one of these names or both at any moment, and goes from the
-    # first to the second.
+    # The image gets its name before its sidecar does, which goes from the first of these names to
+    # the second.
     try:
         with contextlib.suppress(FileNotFoundError, ValueError):
-            if snapshot_mark(snapshot.with_name(beside + PARTIAL)) == mark:
+            partial = snapshot_mark(snapshot.with_name(beside + PARTIAL))
+            if partial == mark and _ends_with(snapshot, bytes.fromhex(mark)):
                 return "there"
         with contextlib.suppress(FileNotFoundError):
             if snapshot_mark(snapshot.with_name(beside)) == mark:
@@ -474,6 +475,12 @@ def _state(snapshot: Path, mark: str, inode: int) -> State:
         return "away"
     except (OSError, ValueError):
         return "unreadable"
+
+
+def _ends_with(file: Path, content: bytes) -> bool:
+    with file.open("rb") as opened:
+        opened.seek(max(file.stat().st_size - len(content), 0))
+        return opened.read() == content
 
 
 def _inode(folder: Path) -> int:

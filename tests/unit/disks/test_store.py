@@ -32,7 +32,7 @@ async def base(qemu_img: Path, make: Make) -> Layer:
 def publish(snapshot: Path, mark: str = MARK) -> Path:
     """Make what a snapshot has beside its image, and return the image's path."""
     snapshot.parent.mkdir(exist_ok=True)
-    snapshot.write_bytes(b"image")
+    snapshot.write_bytes(b"image" + bytes.fromhex(mark))
     sidecar(snapshot).write_text(json.dumps({"format": "lab.snapshot/3", "mark": mark}))
     return snapshot
 
@@ -208,9 +208,15 @@ async def test_a_sidecar_that_has_no_name_yet_counts(
     await kept(qemu_img, store, base, snapshot)
     publish(snapshot)
     sidecar(snapshot).rename(tmp_path / "a.snap.json.partial")
-    publish(snapshot, mark="f" * 32)
-
     assert await store.collect(qemu_img, gone=True) == []
+
+    sidecar(snapshot).write_text('{"mark": "of the one before"}')
+    assert await store.collect(qemu_img, gone=True) == []
+
+    # It was killed before that, and the image is the one before.
+    snapshot.write_bytes(b"image" + bytes.fromhex("f" * 32))
+    (shown,) = await store.survey(qemu_img)
+    assert shown.references[0].state == "gone"
 
     (tmp_path / "a.snap.json.partial").write_bytes(b"")  # another one is being written
     assert len(await store.collect(qemu_img, gone=True)) == 1
