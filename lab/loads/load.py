@@ -143,10 +143,11 @@ class Load(abc.ABC):
 class RedisLoad(Load):
     """Made by `redis_load`."""
 
-    def __init__(self, port: int, capacity: int) -> None:
+    def __init__(self, port: int, capacity: int, rate_per_s: float | None) -> None:
         self.what = f"load on Redis at port {port}"
         self._memory = os.memfd_create("lab-load", os.MFD_CLOEXEC)
         self._capacity = capacity
+        self._rate_per_s = rate_per_s
         self._map: mmap.mmap | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._said: Exception | None = None
@@ -229,6 +230,9 @@ class RedisLoad(Load):
         header = self._header()
         until_ns = int(header["end_ns"]) or time.monotonic_ns()
         count = int(header["issued"])
+        if self._rate_per_s and count:
+            # A generator that waits for a CPU notes late what has become due.
+            until_ns = min(until_ns, self.start_ns + int(count * 1e9 / self._rate_per_s))
         records = np.frombuffer(self._map, dtype=_RECORD, count=count, offset=_HEADER_BYTES).copy()
         return header, records, until_ns
 
@@ -278,8 +282,8 @@ class RedisLoad(Load):
                 f"{self.what}: the generator ended with status {self._process.returncode}"
             )
 
-    async def _end(self) -> None:
-        """End the generator and keep what it has written."""
+    async def end(self) -> None:
+        """End the generator now, and keep what it has written; leaving the context does it, too."""
         process = self._process
         if process is not None and process.returncode is None:
             assert process.stdin is not None
@@ -354,17 +358,17 @@ async def redis_load(
         "seconds": seconds or 0,
         "ready_s": ready_s,
     }
-    load = RedisLoad(port, max_requests)
+    load = RedisLoad(port, max_requests, rate_per_s)
     try:
         await load._begin(program, [f"{key}={value}" for key, value in arguments.items()])
         following = asyncio.create_task(load._follow(), name=load.what)
         try:
             yield load
         finally:
-            await load._end()
+            await load.end()
             await following
     finally:
-        await load._end()
+        await load.end()
     if load.problem is not None:
         raise load.problem
 

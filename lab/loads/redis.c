@@ -142,7 +142,7 @@ static uint32_t *free_connections, n_free;
 static char *pool;
 static uint64_t random_state;
 static int epoll_fd, due_timer_fd, end_timer_fd;
-static uint64_t n_ready, next_due, next_sent, fill_next, filled;
+static uint64_t n_ready, next_sent, fill_next, filled;
 static bool is_running;
 static int64_t start_cpu_ns;
 
@@ -159,11 +159,65 @@ static int64_t now_ns(void)
     return clock_ns(CLOCK_MONOTONIC);
 }
 
+/* Random numbers: splitmix64. */
+static uint64_t random_u64(void)
+{
+    uint64_t z = (random_state += UINT64_C(0x9e3779b97f4a7c15));
+
+    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return z ^ (z >> 31);
+}
+
+/* limit: 2^32 at most. */
+static uint64_t random_below(uint64_t limit)
+{
+    return ((random_u64() >> 32) * limit) >> 32;
+}
+
+static int64_t due_ns(uint64_t index)
+{
+    return header->start_ns + (int64_t)((long double)index * NS_PER_S / (long double)options.rate);
+}
+
+/* A record for a request that is due; there must be room. */
+static uint64_t add_record(int64_t due)
+{
+    uint64_t slot = header->issued;
+
+    records[slot].due_ns = due;
+    records[slot].operation =
+        options.get_percent && random_below(100) < options.get_percent ? OP_GET : OP_SET;
+    atomic_store_explicit(&header->issued, slot + 1, memory_order_release);
+    return slot;
+}
+
+static bool is_full(void)
+{
+    return header->issued == header->capacity;
+}
+
+/* Open loop: records for what has become due until an instant.  Returns when the next is due. */
+static int64_t add_due(int64_t until)
+{
+    int64_t next;
+
+    while ((next = due_ns(header->issued)) <= until && !is_full()) {
+        add_record(next);
+    }
+    return next;
+}
+
 static void note_end(void)
 {
     if (header && !header->end_ns) {
+        int64_t end = now_ns();
+
+        if (is_running && options.rate > 0) {
+            add_due(end);
+        }
         header->cpu_ns = clock_ns(CLOCK_PROCESS_CPUTIME_ID) - start_cpu_ns;
-        header->end_ns = now_ns();
+        header->end_ns = end;
     }
 }
 
@@ -187,22 +241,6 @@ static void __attribute__((noreturn)) finish(const char *reason)
     printf("end %s\n", reason);
     fflush(stdout);
     exit(0);
-}
-
-/* Random numbers: splitmix64. */
-static uint64_t random_u64(void)
-{
-    uint64_t z = (random_state += UINT64_C(0x9e3779b97f4a7c15));
-
-    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
-    return z ^ (z >> 31);
-}
-
-/* limit: 2^32 at most. */
-static uint64_t random_below(uint64_t limit)
-{
-    return ((random_u64() >> 32) * limit) >> 32;
 }
 
 /* Text of a reply that is safe to print on one line. */
@@ -350,26 +388,6 @@ static void make_sequence_request(struct connection *c)
     c->head_bytes += length + 2;
 }
 
-static int64_t due_ns(uint64_t index)
-{
-    return header->start_ns + (int64_t)((long double)index * NS_PER_S / (long double)options.rate);
-}
-
-/* A record for a request that is due.  The file's bound ends everything. */
-static uint64_t add_record(int64_t due)
-{
-    uint64_t slot = header->issued;
-
-    if (slot == header->capacity) {
-        finish("full");
-    }
-    records[slot].due_ns = due;
-    records[slot].operation =
-        options.get_percent && random_below(100) < options.get_percent ? OP_GET : OP_SET;
-    atomic_store_explicit(&header->issued, slot + 1, memory_order_release);
-    return slot;
-}
-
 static void send_recorded(struct connection *c, uint64_t slot, int64_t now)
 {
     struct record *record = &records[slot];
@@ -399,13 +417,12 @@ static void set_timer(int fd, int64_t at_ns)
 static void issue_due(void)
 {
     static int64_t armed_ns;
-    int64_t now = now_ns(), next;
+    int64_t now = now_ns(), next = add_due(now);
 
-    while ((next = due_ns(next_due)) <= now) {
-        add_record(next);
-        next_due++;
+    if (next <= now) {
+        finish("full");
     }
-    while (n_free && next_sent < next_due) {
+    while (n_free && next_sent < header->issued) {
         struct connection *c = &connections[free_connections[--n_free]];
 
         send_recorded(c, next_sent++, now_ns());
@@ -432,6 +449,9 @@ static void start(void)
         if (options.rate > 0) {
             free_connections[n_free++] = (uint32_t)options.clients - 1 - i;
         } else {
+            if (is_full()) {
+                finish("full");
+            }
             now = now_ns();
             send_recorded(&connections[i], add_record(now), now);
         }
@@ -488,6 +508,9 @@ static void replied(struct connection *c, bool ok)
         if (options.rate > 0) {
             free_connections[n_free++] = (uint32_t)(c - connections);
         } else {
+            if (is_full()) {
+                finish("full");
+            }
             send_recorded(c, add_record(now), now);
         }
     }
