@@ -49,16 +49,17 @@ async def create_overlay(qemu_img: Path, path: Path, base: Layer) -> Layer:
     )
 
 
-def open_partial(path: Path) -> Path:
+def open_partial(path: Path, *, replaces: bool = False) -> Path:
     """Make an empty private file beside `path` to be written and then given that name.
 
+    :param replaces: whether it is to take the place of what has the name.
     :raise UsageError: when the name is taken, or cannot be told QEMU.
     :raise HostError: when it cannot be made.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         os.fspath(path).encode()
-        if os.path.lexists(path):
+        if not replaces and os.path.lexists(path):
             raise _taken(path)
         # QEMU would make it readable for all that the umask lets.
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))

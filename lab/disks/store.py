@@ -192,7 +192,7 @@ class Store:
         """
         async with self._alone():
             # Nobody removes a layer from here until the new one, which needs it, is held.
-            if base.path.parent == self.folder and not self.owns(base.path):
+            if base.path.parent == self.folder and not base.path.exists():
                 raise HostError(f"the layer {base.path} has been removed", "take a new snapshot")
             name = str(uuid.uuid4())
             with self._told():
@@ -426,12 +426,8 @@ class Store:
 
     async def _backing(self, qemu_img: Path, path: Path) -> Path | None:
         """What a file is on; None for the end of a chain, and for a file that is not there."""
-        if path.parent != self.folder:
-            return await read_backing(qemu_img, path)
-        try:
-            return _own_backing(path)
-        except FileNotFoundError:
-            return None
+        # Users may have images of other formats, and in this folder, too.
+        return _own_backing(path) if self.owns(path) else await read_backing(qemu_img, path)
 
 
 def snapshot_mark(sidecar: Path) -> str | None:
