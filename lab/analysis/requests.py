@@ -19,6 +19,7 @@ from hdrh.log import HistogramLogWriter
 
 from lab.analysis.slowdown import BASELINE_NS, baseline_rate
 from lab.errors import RunError
+from lab.instruments.threads import thread_summary
 from lab.loads.table import in_order, request_table
 from lab.marks import Marks
 from lab.stats import quantile
@@ -152,17 +153,15 @@ def request_summary(
 
     :param table: requests from a second before the snapshot's request until half a second after
         its end; what it does not reach stays None.
-    :param threads: times of QEMU's threads in the same window, of
-        `lab.instruments.threads.ThreadTimes`, for `vmm_cpu_s`: those of all but the vCPUs.
+    :param threads: times of QEMU's threads for `vmm_cpu_s`, which is that of all but the vCPUs: of
+        `lab.instruments.threads.ThreadTimes` that was read when the window began and when it
+        ended, `times.df(["during"])`.
 
     Raises ValueError when the snapshot did not end.
     """
     first_ns, last_ns = _window(marks)
     window_ms = (last_ns - first_ns) / NS_PER_MS
-    cpu_s = None
-    if threads is not None:
-        cpu_s = float(threads.loc[~threads["thread"].str.startswith("vCPU "), "cpu_ns"].sum())
-        cpu_s /= NS_PER_S
+    cpu_ms = thread_summary(threads)["qemu_cpu_ms"]
     progress = df_progress(table)
     t_ns, ops = (progress[name].to_numpy(dtype=np.int64) for name in ("t_ns", "ops"))
     rate = baseline_rate(t_ns, ops, first_ns) if len(t_ns) > 1 else None
@@ -176,7 +175,7 @@ def request_summary(
         request_p99_before_us=before[1],
         request_p999_before_us=before[2],
         request_worst_before_ms=before[3],
-        vmm_cpu_s=cpu_s,
+        vmm_cpu_s=None if cpu_ms is None else cpu_ms / 1e3,
     )
     if _until_ns(table) < last_ns:
         return summary
@@ -254,7 +253,9 @@ def write_requests(path: Path, table: pd.DataFrame) -> None:
         raise ValueError("requests of the table are censored and done, or neither")
     client = table["client"].fillna(-1).to_numpy(dtype=np.int64)
     following = _done_base_ns("next", due, sent, client)
-    done_from: Literal["next", "sent"] = "next" if np.mean(done == following) > 0.5 else "sent"
+    done_from: Literal["next", "sent"] = (
+        "next" if 2 * np.count_nonzero(done == following) > len(done) else "sent"
+    )
     origin = int(due[0]) if len(due) else 0
     base = following if done_from == "next" else sent
     stored = pa.table(
