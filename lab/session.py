@@ -11,11 +11,15 @@
 import asyncio
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pandas as pd
 
+from lab.errors import UsageError
+from lab.guests.debian.build import find_debian
+from lab.guests.debian.shell import in_guest, wait_for_ssh
 from lab.instruments.instrument import Moment, Watch
 from lab.instruments.progress import ProgressSampler, sampling
 from lab.instruments.slowwrites import read_slow_writes
@@ -28,6 +32,9 @@ from lab.snapshot.result import Snapshot
 from lab.snapshot.take import prepared
 from lab.vm.boot import booted
 from lab.vm.vm import BOOT_TIMEOUT_S, RunningVM
+
+SHELL_TIMEOUT_S = 120.0
+"""A command in a guest that boots under TCG."""
 
 
 class VM(RunningVM):
@@ -59,6 +66,23 @@ class VM(RunningVM):
         """
         return await read_slow_writes(self)
 
+    async def shell(self, command: str, *, timeout_s: float = SHELL_TIMEOUT_S) -> str:
+        """Run a command in the lab's Debian, as root by ssh, and return what it prints.
+
+        Waits until the guest lets one in.
+
+        :raise UsageError: this is another guest, or its port 22 is not forwarded.
+        :raise GuestError: the command fails; the error has its last line.
+        :raise GuestSilentError: no answer in time.
+        """
+        key = find_debian().key
+        if 22 not in self.ports:
+            raise UsageError(
+                "no port of this host leads to the guest's ssh", 'boot it with forward=("0:22",)'
+            )
+        await wait_for_ssh(self.ports[22], key, timeout_s=timeout_s)
+        return await in_guest(self.ports[22], key, command, timeout_s=timeout_s)
+
     async def snapshot(
         self,
         path: str | Path,
@@ -79,8 +103,11 @@ class VM(RunningVM):
 
         :param method: one of `lab.METHODS`.
         :param fault_log: log every write fault, where QEMU can (the patched one, live methods).
-        :param progress: sample the guest's progress, from `before_s` before the request to
-            `after_s` after the end.
+        The disks of a user's machine are frozen at the instant that the image shows; the guest goes
+        on writing to new layers (`lab.disks`).
+
+        :param progress: sample the guest's progress, if it is one of the lab's, from `before_s`
+            before the request to `after_s` after the end.
         :param storage_mib_per_s: write the image no faster than that, as if to a slower disk; 0 is
             no limit.  Only for methods that write one byte after the other.
         :param checksums: write checksums of the image into the sidecar, for `restore` to check.
@@ -101,6 +128,8 @@ class VM(RunningVM):
                 latency = await self.write_latency()
                 latency.read()
                 watch = Watch([dict.fromkeys((Moment.REQUEST, Moment.COMPLETED), latency.read)])
+            # A user's guest counts nothing.
+            progress = progress and self.is_ready
             if progress:
                 sampler = await stack.enter_async_context(self.sampling())
                 await asyncio.sleep(before_s)
@@ -115,13 +144,19 @@ class VM(RunningVM):
 
 def boot(
     machine: Machine,
-    workload: Workload,
+    workload: Workload | None = None,
     *,
     binary: Variant = "patched",
+    socket: str | Path | None = None,
     timeout_s: float = BOOT_TIMEOUT_S,
 ) -> AbstractAsyncContextManager[VM]:
     """Boot a guest; inside the context its workload runs, after it QEMU is gone.
 
+    A machine with an `image` runs what is installed there, and is at its beginning when the context
+    is entered: wait for `vm.console.wait_text("login:")`, for a port of its, or for `vm.shell`.
+
+    :param workload: what a guest of the lab's does; None is the default one.
+    :param socket: where to serve QEMU's monitor as well, for `lab snapshot --qmp`.
     :param binary: which QEMU; `live-*` methods need the patched one, `background` the other.
     :param timeout_s: how long the guest may take until its writers run.
     :raise UsageError: when machine and workload do not fit.
@@ -130,7 +165,16 @@ def boot(
     :raise GuestError: when the guest refuses the workload.
     :raise GuestSilentError: when it says nothing in time.
     """
-    return booted(VM, machine, workload, binary=binary, timeout_s=timeout_s)
+    if workload is None:
+        workload = Workload("idle") if machine.is_users else Workload()
+    return booted(
+        VM,
+        machine,
+        workload,
+        binary=binary,
+        socket=None if socket is None else Path(socket).absolute(),
+        timeout_s=timeout_s,
+    )
 
 
 def restore(
@@ -140,13 +184,15 @@ def restore(
     binary: Variant | None = None,
     channels: int = 1,
     accel: Accel | None = None,
+    forward: Sequence[str] | None = None,
     check: bool = True,
 ) -> AbstractAsyncContextManager[VM]:
     """Restore the guest from the snapshot `path`; it runs unless `paused`.
 
     The image is opened once, and what is published under its name while it is checked and loaded
-    does not matter.  The machine is built as the sidecar describes it; its disk, if it has one, is
-    an empty one.  That the image holds the guest that the sidecar names is checked in the restored
+    does not matter.  The machine is built as the sidecar describes it.  Each disk of a user's
+    machine goes on from the layer that was frozen at the instant, on an overlay of its own, so that
+    one snapshot can be restored as often as one likes, and at once; a scratch disk is empty.  That the image holds the guest that the sidecar names is checked in the restored
     memory before the guest runs.  A guest that was taken while it booted has no name yet: it is
     restored unchecked, and `wait_ready` waits for it.
 
@@ -155,6 +201,8 @@ def restore(
         page has its place, such as `live-mapped` makes.
     :param accel: None is the one that it was taken under.  An image taken under TCG can be
         restored under KVM; one taken under KVM holds the state of KVM's clock, which TCG has not.
+    :param forward: ports of this host that lead to the guest's, in place of those that it had, as
+        in `Machine`.
     :param check: read the image against the sidecar's checksums first; of an image without them
         the log warns.  QEMU itself finds no damage in a page: without the check the guest may be
         silently another one.
@@ -165,5 +213,12 @@ def restore(
     :raise HostError: when the host lacks memory, a build or an accelerator.
     """
     return restored(
-        VM, path, paused=paused, binary=binary, channels=channels, accel=accel, check=check
+        VM,
+        path,
+        paused=paused,
+        binary=binary,
+        channels=channels,
+        accel=accel,
+        forward=None if forward is None else tuple(forward),
+        check=check,
     )

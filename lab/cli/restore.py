@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 from lab.cli import Subparsers, add_command
-from lab.cli.boot import add_running_arguments, show_speed
+from lab.cli.boot import add_running_arguments, show
 from lab.scenario.machine import Accel
 
 
@@ -39,6 +39,12 @@ def register(subparsers: Subparsers) -> None:
         help="QEMU's accelerator (default: the one that it was taken under)",
     )
     parser.add_argument(
+        "--forward",
+        action="append",
+        metavar="HOST:GUEST",
+        help="ports of this host that lead to the guest's, in place of those that it had",
+    )
+    parser.add_argument(
         "--no-check",
         action="store_true",
         help="do not read the image against its checksums first",
@@ -55,7 +61,8 @@ async def _restore(args: argparse.Namespace) -> int:
         binary=args.binary,
         channels=args.channels,
         accel=args.accel,
+        forward=args.forward,
         check=not args.no_check,
     ) as vm:
-        await show_speed(vm, args)
+        await show(vm, args)
     return 0

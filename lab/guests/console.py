@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import socket
 from collections.abc import AsyncIterator, Callable
 
@@ -11,6 +12,8 @@ from lab.journal import Journal, read_meanwhile
 
 MAX_TEXT_CHARS = 4 << 20
 """Text beyond this is dropped from the front: a guest in trouble can print for ever."""
+
+_TEXT_POLL_S = 0.05
 
 
 class Console:
@@ -24,6 +27,8 @@ class Console:
         self._partial = ""
         self._parts: list[str] = []
         self._chars = 0
+        self.listener: Callable[[str], None] | None = None
+        """Called with text as it comes, records included."""
         self.since_boot = 0
         """How many of the records are of boots that ended with a reset."""
 
@@ -46,9 +51,16 @@ class Console:
 
         :raise GuestError: the console is closed.
         """
+        await self.send(f"{line}\n".encode())
+
+    async def send(self, keys: bytes) -> None:
+        """Press keys.
+
+        :raise GuestError: the console is closed.
+        """
         if self._writer is None or self._closed:
             raise GuestError("the guest's console is closed", "see the console's text")
-        self._writer.write(f"{line}\n".encode())
+        self._writer.write(keys)
         await self._writer.drain()
 
     def restarted(self) -> None:
@@ -79,6 +91,27 @@ class Console:
                 "give it more time, or look at the console's text",
             ) from error
 
+    async def wait_text(self, pattern: str, *, since: int = 0, timeout_s: float = 120.0) -> str:
+        """Return what the first match of a regular expression is in what the guest prints.
+
+        :param since: look only behind so many characters of `text`.
+        :raise GuestSilentError: when the time is over.
+        :raise GuestError: when the guest closed the console first.
+        """
+        end = asyncio.get_running_loop().time() + timeout_s
+        while True:
+            is_last = self._closed
+            if match := re.search(pattern, self.text[since:]):
+                return match[0]
+            if is_last:
+                raise GuestError("the guest's console closed", "see the console's text")
+            if asyncio.get_running_loop().time() > end:
+                raise GuestSilentError(
+                    f"the guest did not print {pattern!r} within {timeout_s:g} s",
+                    "give it more time, or look at the console's text",
+                )
+            await asyncio.sleep(_TEXT_POLL_S)
+
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:
             # A reset is QEMU dying; the end of the stream is the end either way.
@@ -91,6 +124,8 @@ class Console:
             self._journal.fail(closed)
 
     def _take(self, text: str) -> None:
+        if self.listener is not None:
+            self.listener(text)
         self._parts.append(text)
         self._chars += len(text)
         while self._chars > MAX_TEXT_CHARS and len(self._parts) > 1:

@@ -116,8 +116,8 @@ class Process:
             exit_code=self.exit_code,
         )
 
-    async def wait(self, timeout_s: float) -> bool:
-        """Wait for the process to end; return whether it has."""
+    async def wait(self, timeout_s: float | None) -> bool:
+        """Wait for the process to end, for ever if that is None; return whether it has."""
         if self._process.poll() is not None:
             return True
         descriptor = os.pidfd_open(self.pid)

@@ -118,6 +118,11 @@ class QemuBinary:
     series_sha256: str | None
     sha256: str
 
+    @property
+    def qemu_img(self) -> Path:
+        """The program for disk images that belongs to it."""
+        return self.path.with_name("qemu-img")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildStamp:

@@ -31,10 +31,14 @@ def column_of(f: "dataclasses.Field[Any]") -> str:
 def dimensions(value: "DataclassInstance") -> dict[str, Any]:
     """Return the parameters of `value` as one flat dictionary of table columns.
 
+    What is of a user's own machine alone is left out: it is not varied.
+
     A scenario gives the parameters of all its parts, `method`, `engine` and `variant` together.
     """
     flat: dict[str, Any] = {}
     for f in dataclasses.fields(value):
+        if not f.metadata.get("varies", True):
+            continue
         item = getattr(value, f.name)
         if dataclasses.is_dataclass(item) and not isinstance(item, type):
             flat |= dimensions(item)
@@ -102,7 +106,7 @@ _PARAMETERS: "Mapping[str, tuple[type[Any], dataclasses.Field[Any]]]" = {
     column_of(f): (cls, f)
     for cls in _PARTS
     for f in dataclasses.fields(cls)
-    if f.name != "extra_args"
+    if f.name != "extra_args" and f.metadata.get("varies", True)
 }
 
 

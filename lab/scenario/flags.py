@@ -35,6 +35,8 @@ def add_arguments(parser: argparse._ActionsContainer, cls: "type[DataclassInstan
             form = {"choices": typing.get_args(hint), "help": with_default}
         elif hint in (bool, bool | None):
             form = {"action": argparse.BooleanOptionalAction, "help": text}
+        elif hint is str:
+            form = {"metavar": "TEXT", "help": text}
         elif hint == tuple[str, ...]:
             form = {"action": "append", "metavar": "ARG", "help": text}
         else:

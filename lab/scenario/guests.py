@@ -6,11 +6,14 @@ What a guest is made of, and how it talks with the host, is in `lab.guests`.
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from lab.scenario.workload import WorkloadKind
 
-GuestKind = Literal["linux", "micro"]
+LabGuest = Literal["linux", "micro"]
+"""The guests that the lab makes itself."""
+
+GuestKind = Literal[LabGuest, "image"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,8 @@ class GuestLimits:
     :param idle_has_working_set: whether the working set takes RAM when nothing writes to it.
     :param notes_slow_writes: whether one that times its operations notes each slow one.
     :param runs_under_pvm: whether it boots under a KVM that is PVM.
+    :param is_users: whether it is the user's own system: it does no workload of the lab's, does not
+        say when it is ready, and counts nothing that the lab could read.
     """
 
     title: str
@@ -42,6 +47,7 @@ class GuestLimits:
     idle_has_working_set: bool = False
     notes_slow_writes: bool = False
     runs_under_pvm: bool = False
+    is_users: bool = False
 
 
 GUEST_LIMITS: Mapping[GuestKind, GuestLimits] = types.MappingProxyType(
@@ -66,6 +72,21 @@ GUEST_LIMITS: Mapping[GuestKind, GuestLimits] = types.MappingProxyType(
             notes_slow_writes=True,
             runs_under_pvm=True,
         ),
+        "image": GuestLimits(
+            title="user's image",
+            # Less than any system needs: what its own needs are is the user's to know.
+            min_ram_mib=16,
+            ram_reserve_mib=0,
+            drivers=frozenset({"disk", "net", "vnc", "balloon"}),
+            lacks={
+                kind: "does what is installed on its disks, and no workload of the lab's"
+                for kind in get_args(WorkloadKind)
+                if kind != "idle"
+            },
+            is_users=True,
+        ),
     }
 )
 """The limits of every guest."""
+
+LAB_GUESTS: tuple[LabGuest, ...] = get_args(LabGuest)

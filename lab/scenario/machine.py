@@ -1,14 +1,22 @@
 """The virtual machine."""
 
+import os
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from lab.scenario.engines import DEFAULT_CHUNK_KIB, Sizes
-from lab.scenario.guests import GUEST_LIMITS
+from lab.scenario.guests import GUEST_LIMITS, LAB_GUESTS
 from lab.scenario.guests import GuestKind as GuestKind
-from lab.scenario.require import require, require_bool, require_choice, require_int, require_strings
+from lab.scenario.require import (
+    require,
+    require_bool,
+    require_choice,
+    require_int,
+    require_string,
+    require_strings,
+)
 
 Accel = Literal["tcg", "kvm", "auto"]
 RamKind = Literal["anon", "memfd", "memfd-private", "file", "file-private", "hugetlb"]
@@ -16,9 +24,10 @@ Chipset = Literal["pc", "q35"]
 DiskKind = Literal["none", "ide", "virtio", "scsi"]
 DiskCache = Literal["writeback", "none"]
 DiskAio = Literal["threads", "native"]
+Firmware = Literal["bios", "uefi"]
 
 RAM_RESERVE_MIB: Mapping[GuestKind, int] = types.MappingProxyType(
-    {kind: limits.ram_reserve_mib for kind, limits in GUEST_LIMITS.items()}
+    {kind: GUEST_LIMITS[kind].ram_reserve_mib for kind in LAB_GUESTS}
 )
 """By guest, what a working set cannot have."""
 
@@ -27,6 +36,11 @@ HUGE_PAGE_MIB = 2
 
 MAX_VCPUS = 255
 """The limit of QEMU's `pc` machine type."""
+
+DEBIAN = "debian"
+"""The image that is the lab's own Debian, which `lab build --guest debian` makes."""
+
+MAX_PORT = 65535
 
 THREADED_DISKS: tuple[DiskKind, ...] = ("virtio", "scsi")
 """Disks that may be served in a thread of their own."""
@@ -74,6 +88,17 @@ class Machine:
     machine then boots its firmware from, and a second one that the lab writes to (`lab.vm.flash`);
     and with `undriven` a random number generator and a serial port of virtio, which no guest of
     the lab has a driver for.
+
+    With `image` it is a machine of the user's: one or more disk images, of which the first is
+    booted from, or `"debian"`, the lab's own Debian with its kernel.  `guest` is "image" then, and
+    runs what is installed there.  The images are never written to: what the guest writes goes to
+    overlays of the lab's (`lab.disks`), which a snapshot freezes and a restore goes on from.
+    `disk` and what begins with it say how the images are attached, by default as virtio disks; on
+    a q35 `ide` is SATA.  `firmware` "uefi" boots by UEFI, with variables of its own that begin as a
+    copy of the file `uefi_vars`; `kernel`, `initrd` and `append` boot a kernel without firmware's
+    help.  `net` is a network card in QEMU's user network, by which such a guest reaches what the
+    host reaches; each of `forward`, HOST:GUEST, leads a TCP port of the host's loopback to one of
+    the guest's, and HOST 0 is any that is free.
 
     `fault_around_pages` and `chunk_kib` are sizes of the engine `copy`, which only the patched QEMU
     has: how many pages a fault takes along (0: the engine chooses by how densely the guest writes),
@@ -187,12 +212,44 @@ class Machine:
             "title": "released at a time",
         },
     )
+    image: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "a disk image of yours to boot, or debian, the lab's own; repeatable",
+            "varies": False,
+        },
+    )
+    firmware: Firmware = field(
+        default="bios", metadata={"help": "what boots an image", "varies": False}
+    )
+    uefi_vars: str = field(
+        default="",
+        metadata={"help": "the variables that UEFI begins with: a file", "varies": False},
+    )
+    kernel: str = field(
+        default="", metadata={"help": "the kernel to boot an image with", "varies": False}
+    )
+    initrd: str = field(
+        default="", metadata={"help": "the initial RAM disk of --kernel", "varies": False}
+    )
+    append: str = field(
+        default="", metadata={"help": "the command line of --kernel", "varies": False}
+    )
+    forward: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "HOST:GUEST, a TCP port of this host's loopback that leads to one of the "
+            "guest's; HOST 0: any; repeatable",
+            "varies": False,
+        },
+    )
     extra_args: tuple[str, ...] = field(
         default=(), metadata={"help": "one more QEMU argument; repeatable", "flag": "extra-arg"}
     )
 
     def __post_init__(self) -> None:
         require_choice("guest", self.guest, GuestKind)
+        self._take_images()
         require_int("ram_mib", self.ram_mib, GUEST_LIMITS[self.guest].min_ram_mib, 1024 * 1024)
         require_int("vcpus", self.vcpus, 1, MAX_VCPUS)
         require_choice("accel", self.accel, Accel)
@@ -222,16 +279,89 @@ class Machine:
         return Sizes(fault_around_pages=self.fault_around_pages, chunk_kib=self.chunk_kib)
 
     @property
+    def is_users(self) -> bool:
+        """Whether the user's own system runs in it, of which the lab knows nothing."""
+        return GUEST_LIMITS[self.guest].is_users
+
+    @property
     def sets_sizes(self) -> bool:
         """Whether sizes of the engine `copy` are asked for that are not the engine's own."""
         return self.sizes != Sizes()
+
+    def _take_images(self) -> None:
+        """Make it a machine of the user's where it has images, and check what only such has."""
+        for name in ("image", "forward"):
+            value = getattr(self, name)
+            # One is as good as a tuple of one.
+            if isinstance(value, str | os.PathLike):
+                object.__setattr__(self, name, (os.fspath(value),) if value else ())
+            require_strings(name, getattr(self, name))
+        require_choice("firmware", self.firmware, Firmware)
+        for name in ("uefi_vars", "kernel", "initrd", "append"):
+            require_string(name, getattr(self, name))
+        if not (self.image or self.kernel or self.guest == "image"):
+            only = ("firmware", "uefi_vars", "initrd", "append", "forward")
+            given = [name for name in only if getattr(self, name) not in ("", (), "bios")]
+            require(
+                not given,
+                f"{given[0] if given else ''} is of a machine with an image, and there is none",
+                "name a disk image with image=, or a kernel with kernel=",
+            )
+            return
+        require(
+            self.guest in ("linux", "image"),
+            f"a machine with an image or a kernel has that in place of the "
+            f"{GUEST_LIMITS[self.guest].title}",
+            "leave guest unset",
+        )
+        object.__setattr__(self, "guest", "image")
+        if self.image and self.disk == "none":
+            object.__setattr__(self, "disk", "virtio")
+        require(
+            bool(self.image) or self.disk == "none",
+            "a scratch disk is for the lab's own guests",
+            "name a disk image with image=",
+        )
+        require(all(self.image), "an image has no name", "name a file")
+        require(
+            not (self.firmware == "bios" and self.uefi_vars),
+            "uefi_vars are of UEFI, and firmware is bios",
+            "use firmware uefi",
+        )
+        require(
+            not (self.kernel and self.firmware == "uefi"),
+            "a kernel of yours is booted by BIOS here",
+            "use firmware bios, or let UEFI boot the image's own kernel",
+        )
+        for name in ("initrd", "append"):
+            require(
+                bool(self.kernel) or not getattr(self, name) or self.image == (DEBIAN,),
+                f"{name} is given and there is no kernel",
+                "name a kernel as well",
+            )
+        require(
+            not self.flash and not self.undriven,
+            "flash and undriven are for the lab's own guests",
+            "leave them unset",
+        )
+        for one in self.forward:
+            require(
+                _is_forward(one),
+                f"forward {one!r} is not HOST:GUEST, two ports",
+                "give it as 2222:22, or 0:22 for any port of the host",
+            )
+        require(
+            len({one.partition(":")[2] for one in self.forward}) == len(self.forward),
+            "forward names a port of the guest twice",
+            "name each once",
+        )
 
     def _check_guest(self) -> None:
         limits = GUEST_LIMITS[self.guest]
         devices = {name: getattr(self, name) for name in GUEST_DEVICES}
         used = {name for name, value in devices.items() if value not in ("none", False)}
         undriven = [name for name in devices if name in used - limits.drivers]
-        able = [kind for kind, other in GUEST_LIMITS.items() if used <= other.drivers]
+        able = [kind for kind in LAB_GUESTS if used <= GUEST_LIMITS[kind].drivers]
         require(
             not undriven,
             f"the {limits.title} has no driver for {', '.join(undriven)}",
@@ -246,7 +376,7 @@ class Machine:
     def _check_disk(self) -> None:
         require_choice("disk", self.disk, DiskKind)
         require(
-            self.disk != "ide" or self.chipset == "pc",
+            self.disk != "ide" or self.chipset == "pc" or self.is_users,
             "a q35 has no IDE disk but an AHCI one, which the guest's kernel has no driver for",
             "choose disk virtio or scsi, or chipset pc",
         )
@@ -268,3 +398,9 @@ class Machine:
             f"an {self.disk} disk cannot have an I/O thread",
             f"choose disk {' or '.join(THREADED_DISKS)}, or leave disk_iothread unset",
         )
+
+
+def _is_forward(text: str) -> bool:
+    host, colon, guest = text.partition(":")
+    ports = [int(port) for port in (host, guest) if port.isascii() and port.isdecimal()]
+    return bool(colon) and len(ports) == 2 and ports[1] > 0 and max(ports) <= MAX_PORT

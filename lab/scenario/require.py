@@ -33,3 +33,8 @@ def require_strings(name: str, value: object) -> None:
     """Raise `UsageError` unless the value is a tuple of strings."""
     good = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     require(good, f"{name} is {value!r}", "give a tuple of strings")
+
+
+def require_string(name: str, value: object) -> None:
+    """Raise `UsageError` unless the value is a string."""
+    require(isinstance(value, str), f"{name} is {value!r}", "give a string")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lab.scenario.guests import GUEST_LIMITS
+from lab.scenario.guests import GUEST_LIMITS, LAB_GUESTS
 from lab.scenario.instruments import Instruments
 from lab.scenario.machine import Machine
 from lab.scenario.methods import METHODS, Method, Variant, method
@@ -62,7 +62,7 @@ def check_fit(machine: Machine, workload: Workload) -> None:
         workload.kind not in limits.lacks,
         f"the {limits.title} {limits.lacks.get(workload.kind)}",
         "choose another workload, or guest "
-        + _or(kind for kind, other in GUEST_LIMITS.items() if workload.kind not in other.lacks),
+        + _or(kind for kind in LAB_GUESTS if workload.kind not in GUEST_LIMITS[kind].lacks),
     )
     require(
         not limits.vcpu_per_writer or workload.kind == "idle" or workload.threads <= machine.vcpus,
@@ -73,7 +73,7 @@ def check_fit(machine: Machine, workload: Workload) -> None:
         workload.page_kib in limits.page_kib,
         f"the {limits.title} maps its working set by pages of {_or(limits.page_kib)} KiB",
         "leave page_kib unset, or use guest "
-        + _or(kind for kind, other in GUEST_LIMITS.items() if workload.page_kib in other.page_kib),
+        + _or(kind for kind in LAB_GUESTS if workload.page_kib in GUEST_LIMITS[kind].page_kib),
     )
     room_mib = machine.ram_mib - limits.ram_reserve_mib
     if limits.table_share is not None:

@@ -20,6 +20,7 @@ from lab.instruments.instrument import Moment, Watch
 from lab.instruments.phases import counters
 from lab.marks import Marks
 from lab.scenario.methods import Method
+from lab.snapshot.disks import DiskSwitch
 from lab.snapshot.image import file_channel
 from lab.snapshot.mechanisms import mechanism_of
 from lab.snapshot.mechanisms.base import ENDED, LIVE_STATES, Course, Hold, until
@@ -66,6 +67,7 @@ class Attempt:
         storage: LimitedStorage | None,
         storage_mib_per_s: int,
         hold: Hold | None,
+        disks: DiskSwitch,
         log_faults: bool,
     ) -> None:
         self.vm = vm
@@ -73,7 +75,8 @@ class Attempt:
         self.partial = partial
         self.storage = storage
         self.storage_mib_per_s = storage_mib_per_s
-        self.hold = hold
+        self.disks = disks
+        self.hold = _one_after_the_other(disks.switch, hold) if disks.has_disks else hold
         self.mechanism = mechanism_of(how, vm.binary.variant)
         self.fault_log_path = (
             vm.process.workdir / "faults.bin" if log_faults and self.mechanism.logs_faults else None
@@ -96,6 +99,7 @@ class Attempt:
         await self.mechanism.check(vm, state)
         vm.process.find_groups()
         try:
+            await self.disks.prepare()
             await self._prepare()
             self.since = len(vm.qmp.events)
             course = Course(
@@ -249,9 +253,9 @@ class Attempt:
 
     async def _abort(self) -> None:
         """Take back what was begun; what fails here is logged, because an error is on its way."""
-        if self.vm.qmp.is_lost:
-            return
         try:
+            if self.vm.qmp.is_lost:
+                return
             await self.mechanism.free_guest(self.vm)
             if not await self._is_idle():
                 await self.vm.execute("migrate_cancel")
@@ -264,6 +268,8 @@ class Attempt:
                     await self.vm.execute("closefd", {"fdname": IMAGE_DESCRIPTOR})
         except LabError as error:
             log.error("taking back a %s snapshot: %s", self.how.name, error)
+        finally:
+            await self.disks.undo()
 
     def ready_at_pause(self) -> ReadyRecord | None:
         """Return what the guest in the image has said: nothing if it was reset meanwhile."""
@@ -318,6 +324,15 @@ def _states(capabilities: dict[str, bool]) -> list[dict[str, object]]:
 
 def _is_progress(event: Event) -> bool:
     return event.name == "MIGRATION" and event.data.get("status") in (*ENDED, "pre-switchover")
+
+
+def _one_after_the_other(first: Hold, second: Hold | None) -> Hold:
+    async def both() -> None:
+        await first()
+        if second is not None:
+            await second()
+
+    return both
 
 
 async def to_the_end(work: Coroutine[Any, Any, None]) -> None:

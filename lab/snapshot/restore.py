@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lab.errors import GuestError, LaunchError, QmpError, RestoreError, UsageError
 from lab.qemu.build import find_qemu
@@ -33,6 +34,7 @@ async def restored(
     binary: Variant | None,
     channels: int,
     accel: Accel | None,
+    forward: Sequence[str] | None,
     check: bool,
 ) -> AsyncIterator[VMT]:
     """Restore a guest; see `lab.session.restore`, which says what may be raised.
@@ -42,7 +44,7 @@ async def restored(
     async with contextlib.AsyncExitStack() as stack:
         # Closed once QEMU has read it.  What is published under its name meanwhile is another one.
         with open_image(Path(path).absolute()) as image:
-            vm = await _loaded(kind, image, stack, binary, channels, accel, check=check)
+            vm = await _loaded(kind, image, stack, binary, channels, accel, forward, check=check)
         if not paused:
             await _run(vm, image.path.name)
         yield vm
@@ -55,6 +57,7 @@ async def _loaded(
     binary: Variant | None,
     channels: int,
     accel: Accel | None,
+    forward: Sequence[str] | None,
     *,
     check: bool,
 ) -> VMT:
@@ -67,7 +70,8 @@ async def _loaded(
             "use channels=1, or take the snapshot with method live-mapped",
         )
     qemu = find_qemu(binary or sidecar.binary.variant)
-    wanted = dataclasses.replace(sidecar.machine, accel=accel or sidecar.machine.accel)
+    changes: dict[str, Any] = {} if forward is None else {"forward": forward}
+    wanted = dataclasses.replace(sidecar.machine, accel=accel or sidecar.machine.accel, **changes)
     choice = await settled(wanted)
     if sidecar.machine.accel == "kvm" and choice.machine.accel == "tcg":
         raise RestoreError(
@@ -83,6 +87,7 @@ async def _loaded(
             machine=choice.machine,
             workload=sidecar.workload,
             machine_type=sidecar.machine_type,
+            bases=tuple(Path(disk.layer) for disk in sidecar.disks),
             incoming=True,
             paused=True,
         )

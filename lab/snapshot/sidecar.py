@@ -18,6 +18,7 @@ from lab.scenario.document import from_json
 from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
 from lab.snapshot.checksums import Checksums
+from lab.snapshot.disks import FrozenDisk
 
 
 class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,9 +29,10 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     then the nonce of the boot before, in hexadecimal, whose traces may still be in memory, and None
     when there was none.  `binary` and
     `kernel_sha256` say what took it, for the record: another QEMU that knows the machine type may
-    restore it.  `checksums` is None where none were asked for.  `mark` is what the last bytes of
-    the image are, by which the two belong together (`lab.snapshot.image`); None in those of older
-    versions, whose images have none.
+    restore it.  `disks` are the frozen layers of a user's disks, in the machine's order; a scratch
+    disk is in no snapshot.  `checksums` is None where none were asked for.  `mark` is what the last
+    bytes of the image are, by which the two belong together (`lab.snapshot.image`); None in those
+    of older versions, whose images have none.
     """
 
     method: str
@@ -46,6 +48,7 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     boot_before: str | None = None
     binary: QemuBinary
     kernel_sha256: str
+    disks: tuple[FrozenDisk, ...]
 
     def to_text(self) -> str:
         """Return the file's content."""
@@ -95,11 +98,14 @@ def _parse(content: bytes, name: str) -> Sidecar:
 
 SCHEMA = Schema(
     family="lab.snapshot",
-    version=3,
+    version=4,
     kind=Sidecar,
     remedy="take the snapshot again",
-    # Images of version 2 had no mark; everything else was the same.
-    upgrades={2: lambda document: document | {"mark": None}},
+    upgrades={
+        # Images of version 2 had no mark; everything else was the same.
+        2: lambda document: document | {"mark": None},
+        3: lambda document: document | {"disks": []},
+    },
     key="format",
     error=RestoreError,
 )

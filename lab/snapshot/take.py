@@ -5,15 +5,18 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lab.disks.chain import Layer
+from lab.disks.store import HeldLayer, Store
 from lab.errors import SnapshotError, UsageError
 from lab.guests.protocol import ReadyRecord
 from lab.instruments.instrument import Watch
-from lab.scenario.methods import METHODS, Method
+from lab.scenario.methods import METHODS
 from lab.scenario.methods import method as method_of
 from lab.scenario.scenario import check_storage
 from lab.scenario.storage import Storage
 from lab.snapshot.attempt import Attempt
 from lab.snapshot.checksums import Checksums, checksums_of
+from lab.snapshot.disks import DiskSwitch
 from lab.snapshot.image import PartialImage, partial_image
 from lab.snapshot.mechanisms.base import Hold
 from lab.snapshot.result import Snapshot
@@ -51,7 +54,10 @@ class Prepared:
         mark = self._writing.add_mark()
         size = partial.stat().st_size
         sums = await _checksums(partial, size) if checksums else None
-        sidecar = _sidecar(attempt.vm, attempt.how, self._ready, size, mark, sums)
+        sidecar = _sidecar(attempt, self._ready, size, mark, sums)
+        for disk in sidecar.disks:
+            # Before there is a snapshot that needs them: until then the reference means nothing.
+            Store.default().keep_for(Path(disk.layer), self._image, mark)
         self._writing.publish(sidecar)
         return attempt.result(self._image, size)
 
@@ -86,6 +92,10 @@ async def prepared(
             if storage_mib_per_s:
                 limit = limited(writing.path, storage_mib_per_s)
                 storage = await stack.enter_async_context(limit)
+
+            async def next_layer(base: Layer) -> HeldLayer:
+                return await Store.default().new_layer(vm.binary.qemu_img, base)
+
             attempt = Attempt(
                 vm,
                 how,
@@ -93,6 +103,7 @@ async def prepared(
                 storage=storage,
                 storage_mib_per_s=storage_mib_per_s,
                 hold=hold,
+                disks=DiskSwitch(vm, next_layer),
                 log_faults=fault_log,
             )
             yield Prepared(attempt, writing, image)
@@ -139,13 +150,13 @@ async def _checksums(partial: Path, size: int) -> Checksums:
 
 
 def _sidecar(
-    vm: RunningVM,
-    how: Method,
+    attempt: Attempt,
     ready: ReadyRecord | None,
     size: int,
     mark: str,
     sums: Checksums | None,
 ) -> Sidecar:
+    vm, how = attempt.vm, attempt.how
     return Sidecar(
         method=how.name,
         engine=how.engine,
@@ -160,4 +171,5 @@ def _sidecar(
         boot_before=vm.boot_before if ready is None else None,
         binary=vm.binary,
         kernel_sha256=vm.guest.kernel_sha256,
+        disks=attempt.disks.frozen,
     )

@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 
+from lab.guests.image.guest import resolved
 from lab.qemu.build import find_qemu
 from lab.scenario.machine import Machine
 from lab.scenario.methods import Variant
@@ -20,6 +22,7 @@ async def booted(
     workload: Workload,
     *,
     binary: Variant,
+    socket: Path | None,
     timeout_s: float,
 ) -> AsyncIterator[VMT]:
     """Boot a guest; see `lab.session.boot`, which says what may be raised.
@@ -27,10 +30,13 @@ async def booted(
     :param kind: the class of what is yielded.
     """
     check_fit(machine, workload)
-    choice = await settled(machine)
-    launch = Launch(binary=find_qemu(binary), machine=choice.machine, workload=workload)
+    choice = await settled(resolved(machine))
+    launch = Launch(
+        binary=find_qemu(binary), machine=choice.machine, workload=workload, socket=socket
+    )
     async with launched(kind, launch) as vm:
         vm.fallback = choice.fallback
         await vm.find_machine_type()
-        await vm.wait_ready(timeout_s)
+        if not machine.is_users:
+            await vm.wait_ready(timeout_s)
         yield vm

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lab.errors import UsageError
 from lab.guests.guest import BuiltGuest
@@ -40,6 +41,8 @@ class Launch:
 
     :param machine_type: the versioned type an image was taken on, for a restore; QEMU refuses a
         stream of another one.  Empty for the newest of the machine's chipset.
+    :param bases: what the disks of a user's machine go on from; empty: its images.
+    :param socket: where QEMU's monitor is served as well, for others.
     :param incoming: wait for `migrate-incoming` instead of booting.
     :param paused: do not run the vCPUs until told to.
     """
@@ -48,6 +51,8 @@ class Launch:
     machine: Machine
     workload: Workload
     machine_type: str = ""
+    bases: tuple[Path, ...] = ()
+    socket: Path | None = None
     incoming: bool = False
     paused: bool = False
 
@@ -68,9 +73,11 @@ def qemu_command(
     command += ["-M", board, "-accel", machine.accel + threads]
     command += [*ram_arguments(machine), "-smp", str(machine.vcpus)]
     # With the guest's panic=-1 a panic ends QEMU instead of booting again without end.  VM.reset()
-    # lifts that until the guest is ready again.
-    command += ["-no-reboot"]
+    # lifts that until the guest is ready again.  A user's guest may boot again at any time.
+    command += [] if machine.is_users else ["-no-reboot"]
     command += ["-chardev", f"socket,id=qmp,fd={channels.qmp}", "-mon", "chardev=qmp,mode=control"]
+    if launch.socket is not None:
+        command += ["-qmp", f"unix:{str(launch.socket).replace(',', ',,')},server=on,wait=off"]
     command += ["-chardev", f"socket,id=serial,fd={channels.serial}", "-serial", "chardev:serial"]
     command += guest.arguments(machine, launch.workload, files.firmware)
     command += device_arguments(machine, files)

@@ -1,18 +1,21 @@
 """The devices of a machine: QEMU's arguments, and the files they stand on.
 
-A restore gets the same devices as the boot did, on files of its own.  The disk is one of them, and
-empty: an image holds memory and the devices' state, and not what was on a disk.  The guest's load
-is made so that it does not mind.
+A restore gets the same devices as the boot did, on files of its own.  The scratch disk is one of
+them, and empty: what is on it is in no snapshot, and the guest's load is made so that it does not
+mind.  The disks of a user's machine have layers instead (`lab.vm.disks`).
 """
 
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab.errors import HostError
 from lab.qemu.build import FIRMWARE_DIRS
 from lab.scenario.machine import Machine
+from lab.vm.disks import Disk, blockdev
 
 DISK_MIB = 64
 """The scratch disk; as a file it takes only what the guest has written."""
@@ -28,9 +31,16 @@ _FIRMWARE = "bios-256k.bin"
 
 @dataclass(frozen=True)
 class DeviceFiles:
-    """Where the files of one guest's devices are, in a folder that goes with the guest."""
+    """What one guest's devices stand on.
+
+    :param folder: of the files that go with the guest.
+    :param disks: those of a user's machine.
+    :param ports: of the host, by the port of the guest that each leads to.
+    """
 
     folder: Path
+    disks: Sequence[Disk] = ()
+    ports: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def disk(self) -> Path:
@@ -71,7 +81,7 @@ class DeviceFiles:
                     f"{_SOCKET_PATH_BYTES} bytes",
                     "set TMPDIR to a folder with a shorter path",
                 )
-        if machine.disk != "none":
+        if machine.disk != "none" and not machine.is_users:
             with self.disk.open("xb") as file:
                 file.truncate(DISK_MIB << 20)
         if machine.flash:
@@ -97,10 +107,13 @@ def device_arguments(machine: Machine, files: DeviceFiles) -> list[str]:
 
     The order gives each its place on the bus, and a restore has to find it there.
     """
-    arguments = _disk(machine, files)
-    if machine.net:
+    arguments = _users_disks(machine, files) if machine.is_users else _disk(machine, files)
+    if machine.net or machine.forward:
         # `restrict`: the guest reaches QEMU's end of the network and nothing behind it.
-        arguments += ["-netdev", "user,id=net,restrict=on"]
+        network = "user,id=net" if machine.is_users else "user,id=net,restrict=on"
+        for guest, host in files.ports.items():
+            network += f",hostfwd=tcp:127.0.0.1:{host}-:{guest}"
+        arguments += ["-netdev", network]
         # No firmware to boot from the network: it would take a second.
         arguments += ["-device", "virtio-net-pci,netdev=net,romfile="]
     if machine.vnc:
@@ -139,6 +152,54 @@ def _disk(machine: Machine, files: DeviceFiles) -> list[str]:
     if machine.disk == "scsi":
         return [*arguments, "-device", f"virtio-scsi-pci{thread}", "-device", "scsi-hd,drive=disk"]
     return [*arguments, "-device", f"virtio-blk-pci,drive=disk{thread}"]
+
+
+_MODELS = {"ide": "ide-hd", "virtio": "virtio-blk-pci", "scsi": "scsi-hd"}
+
+
+def _users_disks(machine: Machine, files: DeviceFiles) -> list[str]:
+    arguments = []
+    if machine.disk_iothread:
+        arguments += ["-object", "iothread,id=disk-thread"]
+    thread = ",iothread=disk-thread" * machine.disk_iothread
+    if machine.disk == "scsi":
+        arguments += ["-device", f"virtio-scsi-pci{thread}"]
+        thread = ""
+    for number, disk in enumerate(files.disks):
+        node = blockdev(disk.node, disk.layer.path, direct=disk.direct, aio=disk.aio)
+        arguments += ["-blockdev", json.dumps(node)]
+        device = f"{_MODELS[machine.disk]},drive={disk.node},id=drive{number},bootindex={number}"
+        arguments += ["-device", device + thread]
+    return arguments
+
+
+def free_ports(forward: Sequence[str]) -> dict[int, int]:
+    """Return the host's port for each port of the guest; one that is 0 is any that is free now.
+
+    :raise HostError: when a port of the host is in use.
+    """
+    ports = {}
+    # All are held until all are found, so that none is found twice.
+    held = []
+    try:
+        for one in forward:
+            host, _, guest = one.partition(":")
+            listener = socket.socket()
+            held.append(listener)
+            # As QEMU does: a port that another connection has just left is free.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("127.0.0.1", int(host)))
+            except OSError as error:
+                raise HostError(
+                    f"port {host} of this host cannot be forwarded: {error.strerror}",
+                    f"choose another, or 0:{guest} for any that is free",
+                ) from error
+            ports[int(guest)] = listener.getsockname()[1]
+    finally:
+        for listener in held:
+            listener.close()
+    return ports
 
 
 def _escaped(path: Path) -> str:

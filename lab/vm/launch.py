@@ -9,12 +9,14 @@ from typing import TypeVar
 
 from lab.errors import QmpError
 from lab.guests.console import attached
+from lab.guests.image.guest import users_image
 from lab.guests.registry import GUESTS
 from lab.host.process import QUIT_GRACE_S, running
 from lab.host.running import NAME_PREFIX
 from lab.host.workdir import private_folder
 from lab.vm.commandline import Channels, Launch, check_host, qemu_command
-from lab.vm.devices import DeviceFiles
+from lab.vm.devices import DeviceFiles, free_ports
+from lab.vm.disks import own_layers
 from lab.vm.loops import OwnTask
 from lab.vm.qmp import connected
 from lab.vm.vm import RunningVM
@@ -43,7 +45,7 @@ def launched(kind: type[VMT], launch: Launch) -> OwnTask[VMT]:
 @contextlib.asynccontextmanager
 async def _started(kind: type[VMT], launch: Launch) -> AsyncIterator[VMT]:
     machine = launch.machine
-    guest = GUESTS[machine.guest].find()
+    guest = users_image(machine) if machine.is_users else GUESTS[machine.guest].find()
     await asyncio.to_thread(check_host, machine, launch.binary.variant)
     name = f"{NAME_PREFIX}{uuid.uuid4()}"
     qmp_socket, qmp_child = socket.socketpair()
@@ -51,7 +53,11 @@ async def _started(kind: type[VMT], launch: Launch) -> AsyncIterator[VMT]:
     async with contextlib.AsyncExitStack() as stack:
         for sock in (qmp_socket, serial_socket, qmp_child, serial_child):
             stack.callback(sock.close)
-        files = DeviceFiles(stack.enter_context(private_folder("lab-devices-")))
+        folder = stack.enter_context(private_folder("lab-devices-"))
+        disks = own_layers(machine, launch.binary.qemu_img, launch.bases)
+        files = DeviceFiles(
+            folder, await stack.enter_async_context(disks), free_ports(machine.forward)
+        )
         guest.write_firmware(files.firmware, machine, launch.workload)
         files.create(machine)
         channels = Channels(qmp=qmp_child.fileno(), serial=serial_child.fileno())

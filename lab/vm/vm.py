@@ -45,7 +45,7 @@ class RunningVM:
         self.binary = launch.binary
         self.guest = guest
         self.files = files
-        """Where the files of the devices are: the disk, the socket of VNC."""
+        """What the devices stand on: disks, ports, the socket of VNC."""
         self.machine_type = ""
         """The versioned name of the machine type, such as pc-i440fx-10.0."""
         self.fallback = ""
@@ -219,6 +219,11 @@ class RunningVM:
             where = await self._vcpu_places()
             raise GuestSilentError(f"{error.cause} ({where})", error.remedy) from error
         await self._permit_reboot(False)
+
+    @property
+    def ports(self) -> Mapping[int, int]:
+        """The host's port for each port of the guest that one leads to."""
+        return self.files.ports
 
     async def verify_working_set(self) -> int:
         """Have the guest compare every word of its working set, and return how many of its pages

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 
 from lab.errors import UsageError
 from lab.scenario.engines import DEFAULT_CHUNK_KIB, Sizes
-from lab.scenario.guests import GUEST_LIMITS
+from lab.scenario.guests import GUEST_LIMITS, LabGuest
 from lab.scenario.machine import (
     GUEST_DEVICES,
     RAM_RESERVE_MIB,
@@ -33,7 +33,6 @@ from lab.scenario.machine import (
     Chipset,
     DiskAio,
     DiskCache,
-    GuestKind,
     Machine,
     RamKind,
 )
@@ -46,7 +45,7 @@ VERSION = 4
 """Of what a seed gives.  It rises whenever some seed gives another trial than before, so that a
 record or a command of an earlier version is not taken for what it can no longer repeat."""
 
-GuestChoice = Literal[GuestKind, "any"]
+GuestChoice = Literal[LabGuest, "any"]
 RunState = Literal["running", "paused", "prelaunch"]
 
 # Small, because every byte is copied, restored and compared; what is in them is varied enough.
@@ -59,7 +58,7 @@ LARGE = (False,) * 29 + (True,)
 LARGE_RAM_KINDS = ("anon", "memfd", "file")
 """Private mappings of files are read into memory in full, and huge pages are reserved in full."""
 
-GUESTS: tuple[tuple[GuestKind, Accel], ...] = (
+GUESTS: tuple[tuple[LabGuest, Accel], ...] = (
     *(("linux", "tcg"),) * 2,
     ("linux", "kvm"),
     ("micro", "tcg"),
@@ -224,7 +223,7 @@ class Offer:
     """Permission to have it merge pages."""
     pressure: bool = True
     """Swap, and permission to limit QEMU's memory."""
-    kvm_guests: frozenset[str] = frozenset(typing.get_args(GuestKind))
+    kvm_guests: frozenset[str] = frozenset(typing.get_args(LabGuest))
     """Which guests run under KVM."""
     lacking: Mapping[str, str] = field(default_factory=dict)
     """What is not offered, and why not."""
@@ -407,7 +406,7 @@ def draw(seed: int, choice: Choice | None = None, offer: Offer | None = None) ->
     )
 
 
-def _draw_guest(draft: _Draft, choice: Choice, offer: Offer) -> tuple[GuestKind, Accel]:
+def _draw_guest(draft: _Draft, choice: Choice, offer: Offer) -> tuple[LabGuest, Accel]:
     if choice.guest != "any":
         return choice.guest, choice.accel
     pairs = [(guest, accel) for guest, accel in GUESTS if choice.accel in ("auto", accel)]

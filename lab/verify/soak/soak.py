@@ -27,7 +27,8 @@ from lab.host.ksm import KSM, ksm_running
 from lab.host.needs import available_memory_mib, huge_pages
 from lab.journal import meanwhile
 from lab.scenario.document import to_json
-from lab.scenario.machine import HUGE_PAGE_MIB, GuestKind, Machine, RamKind
+from lab.scenario.guests import LabGuest
+from lab.scenario.machine import HUGE_PAGE_MIB, Machine, RamKind
 from lab.session import VM, boot, restore
 from lab.snapshot.sidecar import sidecar_path
 from lab.verify.oracle import Verification, verify_method
@@ -91,7 +92,7 @@ async def survey(image_dir: Path, choice: Choice) -> Offer:
 
 
 _RAM_KINDS: tuple[RamKind, ...] = get_args(RamKind)
-_GUESTS: tuple[GuestKind, ...] = get_args(GuestKind)
+_GUESTS: tuple[LabGuest, ...] = get_args(LabGuest)
 
 
 def _ram_problem(kind: RamKind) -> str:
@@ -138,7 +139,7 @@ def _ksm_problem() -> str:
     return "" if os.access(KSM / "run", os.W_OK) else "only root may switch it on"
 
 
-async def _kvm_problem(kind: GuestKind, choice: Choice) -> str:
+async def _kvm_problem(kind: LabGuest, choice: Choice) -> str:
     if choice.guest != "any" or choice.accel == "tcg":
         return ""
     return (await settled(Machine(guest=kind, accel="auto"))).fallback

@@ -1,0 +1,1 @@
+"""The user's own guest: what is installed on disk images of theirs."""

@@ -1,0 +1,126 @@
+"""Freeze the disks of a VM at the instant that its image shows.
+
+Each disk gets an overlay, a new layer that is empty, made and opened before the guest is stopped.
+At the instant, with the guest stopped, one transaction puts all of them on top: what was written
+until then is in the layer below, which nobody writes to any more, and what comes later goes into
+the overlay.  Nothing is copied, so the time that it takes does not depend on the disk's size.
+
+Until the transaction all can be taken back.  After it the guest stays on its overlays, also when
+the snapshot fails then: that only makes its chain of layers longer by one.
+"""
+
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from lab.disks.chain import Layer
+from lab.disks.store import HeldLayer
+from lab.errors import LabError
+from lab.vm.disks import Disk, blockdev
+from lab.vm.vm import RunningVM
+
+log = logging.getLogger(__name__)
+
+
+class FrozenDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A disk in a sidecar: the layer that holds it as it was at the instant.
+
+    `layer` is a file's full path; its own header leads to what is below it.
+    """
+
+    node: str
+    layer: str
+    format: str
+    virtual_bytes: int
+
+
+NextLayer = Callable[[Layer], Awaitable[HeldLayer]]
+"""Makes an empty layer on another one."""
+
+
+@dataclass
+class _Prepared:
+    disk: Disk
+    node: str
+    held: HeldLayer
+    is_added: bool = False
+
+
+@dataclass
+class DiskSwitch:
+    """One switch of all disks of a VM.
+
+    :param vm: whose disks `vm.files.disks` are.
+    :param next_layer: makes each overlay.
+    """
+
+    vm: RunningVM
+    next_layer: NextLayer
+    frozen: tuple[FrozenDisk, ...] = ()
+    _prepared: list[_Prepared] = field(default_factory=list)
+
+    @property
+    def has_disks(self) -> bool:
+        """Whether there is anything to freeze."""
+        return bool(self.vm.files.disks)
+
+    async def prepare(self) -> None:
+        """Make and open the overlays, of which the guest feels nothing.
+
+        :raise LabError: when one cannot be made; the others are taken back by `undo`.
+        """
+        for disk in self.vm.files.disks:
+            held = await self.next_layer(disk.layer)
+            name = f"{disk.node.partition('.')[0]}.{len(disk.held)}"
+            prepared = _Prepared(disk, name, held)
+            self._prepared.append(prepared)
+            node = blockdev(name, held.layer.path, direct=disk.direct, aio=disk.aio)
+            # It gets what it covers when it is put on top.
+            await self.vm.execute("blockdev-add", {**node, "backing": None})
+            prepared.is_added = True
+
+    async def switch(self) -> None:
+        """Put all overlays on top, or none; the guest has to stand still.
+
+        :raise QmpError: when QEMU refuses; then no disk has changed.
+        """
+        actions = [
+            {
+                "type": "blockdev-snapshot",
+                "data": {"node": prepared.disk.node, "overlay": prepared.node},
+            }
+            for prepared in self._prepared
+        ]
+        await self.vm.execute("transaction", {"actions": actions})
+        self.frozen = tuple(
+            FrozenDisk(
+                node=prepared.disk.node,
+                layer=str(prepared.disk.layer.path),
+                format=prepared.disk.layer.format,
+                virtual_bytes=prepared.disk.layer.virtual_bytes,
+            )
+            for prepared in self._prepared
+        )
+        for prepared in self._prepared:
+            prepared.disk.held.append(prepared.held)
+            prepared.disk.layer = prepared.held.layer
+            prepared.disk.node = prepared.node
+        self._prepared.clear()
+
+    async def undo(self) -> None:
+        """Take back what was prepared and not switched to; what fails here is logged."""
+        for prepared in self._prepared:
+            try:
+                if prepared.is_added and not self.vm.qmp.is_lost:
+                    await self.vm.execute("blockdev-del", {"node-name": prepared.node})
+            except LabError as error:
+                log.error("taking back an overlay: %s", error)
+                # QEMU may have it open.
+                prepared.held.release()
+                continue
+            with contextlib.suppress(OSError):
+                prepared.held.discard()
+        self._prepared.clear()
