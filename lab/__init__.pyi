@@ -68,6 +68,7 @@ from .scenario.methods import Method as Method
 from .scenario.scenario import Scenario as Scenario
 from .scenario.workload import Workload as Workload
 from .session import VM as VM
+from .session import attach as attach
 from .session import boot as boot
 from .session import restore as restore
 from .snapshot.result import Snapshot as Snapshot

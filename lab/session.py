@@ -30,6 +30,7 @@ from lab.scenario.workload import Workload
 from lab.snapshot.restore import restored
 from lab.snapshot.result import Snapshot
 from lab.snapshot.take import prepared
+from lab.vm.attach import attached
 from lab.vm.boot import booted
 from lab.vm.vm import BOOT_TIMEOUT_S, RunningVM
 
@@ -93,6 +94,7 @@ class VM(RunningVM):
         before_s: float = 1.0,
         after_s: float = 1.0,
         storage_mib_per_s: int = 0,
+        disks: bool = True,
         checksums: bool = True,
     ) -> Snapshot:
         """Take a snapshot into the file `path`; the guest runs on afterwards.
@@ -110,6 +112,8 @@ class VM(RunningVM):
             before the request to `after_s` after the end.
         :param storage_mib_per_s: write the image no faster than that, as if to a slower disk; 0 is
             no limit.  Only for methods that write one byte after the other.
+        :param disks: freeze the disks as well; without them the snapshot is of the memory alone, and
+            a guest that is restored from it finds its disks as they are by then.
         :param checksums: write checksums of the image into the sidecar, for `restore` to check.
             They are made after all that is measured, while the guest runs: all CPUs of the host
             read the image for a second or less a GiB.
@@ -119,7 +123,12 @@ class VM(RunningVM):
         :raise HostError: when this host does not permit the method.
         """
         prepare = prepared(
-            self, path, method, fault_log=fault_log, storage_mib_per_s=storage_mib_per_s
+            self,
+            path,
+            method,
+            fault_log=fault_log,
+            storage_mib_per_s=storage_mib_per_s,
+            disks=disks,
         )
         sampler = latency = None
         watch = Watch()
@@ -177,6 +186,25 @@ def boot(
     )
 
 
+def attach(socket: str | Path) -> AbstractAsyncContextManager[VM]:
+    """Attach to a VM that runs already, in whatever QEMU; it runs on afterwards.
+
+    What it is, the lab asks its monitor and reads in /proc: nothing has to be said.  A snapshot of
+    it can be restored: its command line is recorded, and restored with what would get into the way
+    of the VM itself changed.  Its disks are frozen as a guest's of the lab are; the layers that it
+    writes to from then on lie beside its disks, and whoever starts it again has to name them, as
+    after any external snapshot.  `lab disk commit` puts them back into the disk.
+
+    :param socket: of QEMU's monitor, as `-qmp unix:PATH,server=on,wait=off` makes it, which nobody
+        else may be connected to.
+    :raise UsageError: nothing answers there, or the command line cannot be understood.
+    :raise HostError: QEMU is another user's, or in another container.
+    :raise SnapshotError: it has a disk that cannot be frozen, or a migration runs.
+    :raise QmpError: what answers is no QEMU, or one that is too old.
+    """
+    return attached(VM, Path(socket))
+
+
 def restore(
     path: str | Path,
     *,
@@ -192,8 +220,10 @@ def restore(
     The image is opened once, and what is published under its name while it is checked and loaded
     does not matter.  The machine is built as the sidecar describes it.  Each disk of a user's
     machine goes on from the layer that was frozen at the instant, on an overlay of its own, so that
-    one snapshot can be restored as often as one likes, and at once; a scratch disk is empty.  That the image holds the guest that the sidecar names is checked in the restored
-    memory before the guest runs.  A guest that was taken while it booted has no name yet: it is
+    one snapshot can be restored as often as one likes, and at once; a scratch disk is empty.
+
+    That the image holds the guest that the sidecar names is checked in the restored memory before
+    the guest runs.  A guest that was taken while it booted has no name yet: it is
     restored unchecked, and `wait_ready` waits for it.
 
     :param binary: which QEMU; None is the kind that took the snapshot.

@@ -1,10 +1,13 @@
 """``lab snapshot``: boot a guest and take one snapshot of it."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
 from lab.cli import Subparsers, add_command
+from lab.errors import UsageError
+from lab.scenario.dimensions import column_of
 from lab.scenario.flags import add_arguments, from_arguments
 from lab.scenario.machine import Machine
 from lab.scenario.methods import METHODS, method
@@ -19,13 +22,23 @@ def register(subparsers: Subparsers) -> None:
         subparsers,
         "snapshot",
         _snapshot,
-        summary="boot a guest and take one snapshot of it",
+        summary="take one snapshot, of a guest that it boots or of a VM that runs",
         description="Boot a guest, take a snapshot of it while its workload runs, and say how "
-        "that went. For figures to compare use `lab measure`.",
+        "that went. With --qmp it is of a VM that runs already, memory and disks, and the VM runs "
+        "on. For figures to compare use `lab measure`.",
     )
     parser.add_argument("path", type=Path, help="the image; PATH.json describes it")
     parser.add_argument(
         "--method", default="live", metavar="METHOD", help=f"one of {', '.join(METHODS)}"
+    )
+    parser.add_argument(
+        "--qmp",
+        type=Path,
+        metavar="SOCKET",
+        help="of the VM whose QEMU serves its monitor there; nothing is booted",
+    )
+    parser.add_argument(
+        "--no-disks", action="store_true", help="the memory alone: do not freeze the disks"
     )
     add_arguments(parser, Machine)
     add_arguments(parser, Workload)
@@ -39,19 +52,32 @@ def register(subparsers: Subparsers) -> None:
 
 
 async def _snapshot(args: argparse.Namespace) -> int:
-    from lab.session import boot
+    from lab.session import attach, boot
 
     machine = from_arguments(Machine, args)
     workload = from_arguments(Workload, args)
     how, storage = method(args.method), from_arguments(Storage, args)
     check_storage(how, storage)
-    async with boot(machine, workload, binary=how.preferred_variant) as vm:
+    if args.qmp is None:
+        opened = boot(machine, workload, binary=how.preferred_variant)
+    elif given := [name for name in _of_a_boot() if hasattr(args, name)]:
+        raise UsageError(
+            f"--{given[0].replace('_', '-')} is of a guest that is booted", "leave it out with --qmp"
+        )
+    else:
+        opened = attach(args.qmp)
+    async with opened as vm:
         snapshot = await vm.snapshot(
             args.path,
             args.method,
             progress=False,
             storage_mib_per_s=storage.storage_mib_per_s,
+            disks=not args.no_disks,
             checksums=not args.no_checksums,
         )
     print(json.dumps(snapshot.summary()) if args.json else repr(snapshot))
     return 0
+
+
+def _of_a_boot() -> list[str]:
+    return [column_of(f) for part in (Machine, Workload) for f in dataclasses.fields(part)]

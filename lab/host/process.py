@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 from lab.errors import LaunchError
 from lab.host.ksm import PR_SET_MEMORY_MERGE, merges_everything
@@ -55,12 +56,22 @@ _SET_MEMORY = (
 )
 
 
+class Started(Protocol):
+    """A process as `subprocess` has it."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def kill(self) -> None: ...
+
+
 class Process:
     """A QEMU that runs.  Made by `running`."""
 
-    def __init__(
-        self, process: "subprocess.Popen[bytes]", command: Sequence[str], workdir: Path
-    ) -> None:
+    is_others = False
+    """Whether it is somebody else's, and is not to be ended."""
+
+    def __init__(self, process: Started, command: Sequence[str], workdir: Path) -> None:
         self._process = process
         self.command = list(command)
         self.workdir = workdir
@@ -182,7 +193,9 @@ def _spawner() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_spawner.cache_clear)
 
 
-def _spawn(argv: Sequence[str], output: int, pass_fds: Sequence[int]) -> "subprocess.Popen[bytes]":
+def _spawn(
+    argv: Sequence[str], output: int, pass_fds: Sequence[int], folder: Path | None
+) -> "subprocess.Popen[bytes]":
     """Start a process from the thread that lives as long as this process.
 
     It takes no longer than starting it here would.
@@ -198,6 +211,7 @@ def _spawn(argv: Sequence[str], output: int, pass_fds: Sequence[int]) -> "subpro
         # snapshot then, and does not end the guest.
         restore_signals=False,
         pass_fds=pass_fds,
+        cwd=folder,
     )
     try:
         return future.result()
@@ -213,11 +227,17 @@ def _kill_spawned(future: "Future[subprocess.Popen[bytes]]") -> None:
 
 @contextlib.asynccontextmanager
 async def running(
-    command: Sequence[str], *, pass_sockets: Sequence[socket.socket], thp: bool | None = None
+    command: Sequence[str],
+    *,
+    pass_sockets: Sequence[socket.socket],
+    thp: bool | None = None,
+    folder: Path | None = None,
 ) -> AsyncIterator[Process]:
     """Run QEMU as `command`; it is gone when the context is left, whatever happened.
 
     The sockets are inherited under their own numbers and closed on this side.
+
+    :param folder: its working directory; None is this process's.
 
     :raise HostError: when a program is missing.
     """
@@ -230,7 +250,7 @@ async def running(
                 workdir / "qemu.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600
             )
             try:
-                child = _spawn(argv, descriptor, [sock.fileno() for sock in pass_sockets])
+                child = _spawn(argv, descriptor, [sock.fileno() for sock in pass_sockets], folder)
             finally:
                 os.close(descriptor)
             stack.close()

@@ -120,8 +120,16 @@ class QemuBinary:
 
     @property
     def qemu_img(self) -> Path:
-        """The program for disk images that belongs to it."""
-        return self.path.with_name("qemu-img")
+        """The program for disk images that belongs to it, or else the system's or the lab's.
+
+        :raise HostError: when there is none.
+        """
+        beside = self.path.with_name("qemu-img")
+        if beside.is_file():
+            return beside
+        if found := shutil.which("qemu-img"):
+            return Path(found)
+        return find_qemu("patched").path.with_name("qemu-img")
 
 
 @dataclass(frozen=True, kw_only=True)

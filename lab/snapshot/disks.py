@@ -11,15 +11,15 @@ the snapshot fails then: that only makes its chain of layers longer by one.
 
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from lab.disks.chain import Layer
-from lab.disks.store import HeldLayer
 from lab.errors import LabError
-from lab.vm.disks import Disk, blockdev
+from lab.vm.disks import Disk, Held, blockdev
 from lab.vm.vm import RunningVM
 
 log = logging.getLogger(__name__)
@@ -28,16 +28,18 @@ log = logging.getLogger(__name__)
 class FrozenDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A disk in a sidecar: the layer that holds it as it was at the instant.
 
-    `layer` is a file's full path; its own header leads to what is below it.
+    `layer` is a file's full path; its own header leads to what is below it.  `named` is the file by
+    which the recorded command line of a VM names the disk, empty where the lab made the line.
     """
 
     node: str
     layer: str
     format: str
     virtual_bytes: int
+    named: str
 
 
-NextLayer = Callable[[Layer], Awaitable[HeldLayer]]
+NextLayer = Callable[[Layer], Awaitable[Held]]
 """Makes an empty layer on another one."""
 
 
@@ -45,7 +47,7 @@ NextLayer = Callable[[Layer], Awaitable[HeldLayer]]
 class _Prepared:
     disk: Disk
     node: str
-    held: HeldLayer
+    held: Held
     is_added: bool = False
 
 
@@ -53,28 +55,30 @@ class _Prepared:
 class DiskSwitch:
     """One switch of all disks of a VM.
 
-    :param vm: whose disks `vm.files.disks` are.
     :param next_layer: makes each overlay.
+    :param disks: those that are frozen, all or none of the VM's.
     """
 
     vm: RunningVM
     next_layer: NextLayer
+    disks: Sequence[Disk]
     frozen: tuple[FrozenDisk, ...] = ()
     _prepared: list[_Prepared] = field(default_factory=list)
 
     @property
     def has_disks(self) -> bool:
         """Whether there is anything to freeze."""
-        return bool(self.vm.files.disks)
+        return bool(self.disks)
 
     async def prepare(self) -> None:
         """Make and open the overlays, of which the guest feels nothing.
 
         :raise LabError: when one cannot be made; the others are taken back by `undo`.
         """
-        for disk in self.vm.files.disks:
+        for number, disk in enumerate(self.disks):
             held = await self.next_layer(disk.layer)
-            name = f"{disk.node.partition('.')[0]}.{len(disk.held)}"
+            # Random, as an earlier one may have been taken in another session.
+            name = f"lab-{number}-{secrets.token_hex(8)}"
             prepared = _Prepared(disk, name, held)
             self._prepared.append(prepared)
             node = blockdev(name, held.layer.path, direct=disk.direct, aio=disk.aio)
@@ -101,6 +105,7 @@ class DiskSwitch:
                 layer=str(prepared.disk.layer.path),
                 format=prepared.disk.layer.format,
                 virtual_bytes=prepared.disk.layer.virtual_bytes,
+                named=str(prepared.disk.named or ""),
             )
             for prepared in self._prepared
         )

@@ -69,8 +69,16 @@ async def _loaded(
             f"{channels} channels cannot read {name}, a {sidecar.method} snapshot",
             "use channels=1, or take the snapshot with method live-mapped",
         )
-    qemu = find_qemu(binary or sidecar.binary.variant)
-    changes: dict[str, Any] = {} if forward is None else {"forward": forward}
+    if sidecar.line is not None and forward:
+        raise UsageError(
+            f"{name} is of a VM that the lab did not start, whose ports the lab does not choose",
+            "use forward=() to forward none of them, as beside the VM itself",
+        )
+    if sidecar.line is not None and binary is None:
+        qemu = sidecar.binary
+    else:
+        qemu = find_qemu(binary or sidecar.binary.variant)
+    changes: dict[str, Any] = {} if forward is None else {"forward": tuple(forward)}
     wanted = dataclasses.replace(sidecar.machine, accel=accel or sidecar.machine.accel, **changes)
     choice = await settled(wanted)
     if sidecar.machine.accel == "kvm" and choice.machine.accel == "tcg":
@@ -88,6 +96,9 @@ async def _loaded(
             workload=sidecar.workload,
             machine_type=sidecar.machine_type,
             bases=tuple(Path(disk.layer) for disk in sidecar.disks),
+            line=sidecar.line,
+            named=tuple(Path(disk.named) for disk in sidecar.disks if disk.named),
+            drops_forwards=forward == (),
             incoming=True,
             paused=True,
         )

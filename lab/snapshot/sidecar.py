@@ -19,6 +19,7 @@ from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
 from lab.snapshot.checksums import Checksums
 from lab.snapshot.disks import FrozenDisk
+from lab.vm.argv import CommandLine
 
 
 class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,7 +31,8 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     when there was none.  `binary` and
     `kernel_sha256` say what took it, for the record: another QEMU that knows the machine type may
     restore it.  `disks` are the frozen layers of a user's disks, in the machine's order; a scratch
-    disk is in no snapshot.  `checksums` is None where none were asked for.  `mark` is what the last
+    disk is in no snapshot.  `line` is how the VM was started, where the lab did not start it, and
+    None otherwise: then `machine` says only what its monitor told.  `checksums` is None where none were asked for.  `mark` is what the last
     bytes of the image are, by which the two belong together (`lab.snapshot.image`); None in those
     of older versions, whose images have none.
     """
@@ -49,6 +51,7 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     binary: QemuBinary
     kernel_sha256: str
     disks: tuple[FrozenDisk, ...]
+    line: CommandLine | None
 
     def to_text(self) -> str:
         """Return the file's content."""
@@ -104,7 +107,7 @@ SCHEMA = Schema(
     upgrades={
         # Images of version 2 had no mark; everything else was the same.
         2: lambda document: document | {"mark": None},
-        3: lambda document: document | {"disks": []},
+        3: lambda document: document | {"disks": [], "line": None},
     },
     key="format",
     error=RestoreError,

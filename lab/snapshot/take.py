@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lab.disks.chain import Layer
-from lab.disks.store import HeldLayer, Store
+from lab.disks.store import Store
 from lab.errors import SnapshotError, UsageError
 from lab.guests.protocol import ReadyRecord
 from lab.instruments.instrument import Watch
@@ -23,6 +23,8 @@ from lab.snapshot.result import Snapshot
 from lab.snapshot.room import check_disk
 from lab.snapshot.sidecar import Sidecar
 from lab.snapshot.throttle import limited
+from lab.vm.attach import layer_beside
+from lab.vm.disks import Held
 from lab.vm.vm import RunningVM
 
 
@@ -55,9 +57,11 @@ class Prepared:
         size = partial.stat().st_size
         sums = await _checksums(partial, size) if checksums else None
         sidecar = _sidecar(attempt, self._ready, size, mark, sums)
-        for disk in sidecar.disks:
-            # Before there is a snapshot that needs them: until then the reference means nothing.
-            Store.default().keep_for(Path(disk.layer), self._image, mark)
+        store = Store.default()
+        for layer in map(Path, (disk.layer for disk in sidecar.disks)):
+            if layer.parent == store.folder:
+                # Before the snapshot is there that needs it: until then this means nothing.
+                store.keep_for(layer, self._image, mark)
         self._writing.publish(sidecar)
         return attempt.result(self._image, size)
 
@@ -70,6 +74,7 @@ async def prepared(
     *,
     fault_log: bool = True,
     storage_mib_per_s: int = 0,
+    disks: bool = True,
     hold: Hold | None = None,
 ) -> AsyncIterator[Prepared]:
     """Prepare a snapshot of `vm`, of which the guest feels nothing yet.
@@ -93,7 +98,9 @@ async def prepared(
                 limit = limited(writing.path, storage_mib_per_s)
                 storage = await stack.enter_async_context(limit)
 
-            async def next_layer(base: Layer) -> HeldLayer:
+            async def next_layer(base: Layer) -> Held:
+                if vm.is_attached:
+                    return await layer_beside(base, image, vm.binary.qemu_img)
                 return await Store.default().new_layer(vm.binary.qemu_img, base)
 
             attempt = Attempt(
@@ -103,7 +110,7 @@ async def prepared(
                 storage=storage,
                 storage_mib_per_s=storage_mib_per_s,
                 hold=hold,
-                disks=DiskSwitch(vm, next_layer),
+                disks=DiskSwitch(vm, next_layer, vm.files.disks if disks else []),
                 log_faults=fault_log,
             )
             yield Prepared(attempt, writing, image)
@@ -172,4 +179,5 @@ def _sidecar(
         binary=vm.binary,
         kernel_sha256=vm.guest.kernel_sha256,
         disks=attempt.disks.frozen,
+        line=vm.line,
     )

@@ -19,6 +19,7 @@ from lab.qemu.build import QemuBinary
 from lab.scenario.machine import Machine
 from lab.scenario.methods import Variant
 from lab.scenario.workload import Workload
+from lab.vm.argv import CommandLine, for_restore
 from lab.vm.devices import DeviceFiles, device_arguments
 from lab.vm.ram import QEMU_OVERHEAD_MIB, machine_option, ram_arguments, require_ram
 
@@ -42,6 +43,10 @@ class Launch:
     :param machine_type: the versioned type an image was taken on, for a restore; QEMU refuses a
         stream of another one.  Empty for the newest of the machine's chipset.
     :param bases: what the disks of a user's machine go on from; empty: its images.
+    :param line: how a VM that the lab did not start was started; None for a machine of the lab's.
+    :param named: by what file `line` names each of the disks in `bases`.
+    :param drops_forwards: whether ports of the host that `line` forwards are left alone, as they
+        are for the guest that has them.
     :param socket: where QEMU's monitor is served as well, for others.
     :param incoming: wait for `migrate-incoming` instead of booting.
     :param paused: do not run the vCPUs until told to.
@@ -52,6 +57,9 @@ class Launch:
     workload: Workload
     machine_type: str = ""
     bases: tuple[Path, ...] = ()
+    line: CommandLine | None = None
+    named: tuple[Path, ...] = ()
+    drops_forwards: bool = False
     socket: Path | None = None
     incoming: bool = False
     paused: bool = False
@@ -86,6 +94,28 @@ def qemu_command(
     command += ["-incoming", "defer"] if launch.incoming else []
     command += ["-S"] if launch.paused else []
     return command + list(machine.extra_args)
+
+
+def foreign_command(
+    launch: Launch, channels: Channels, files: DeviceFiles, *, name: str
+) -> list[str]:
+    """Return the argument vector that restores a VM which the lab did not start.
+
+    :raise UsageError: it has what cannot be restored; see `lab.vm.argv`.
+    """
+    assert launch.line is not None
+    overlays = {disk.named: disk.layer.path for disk in files.disks if disk.named is not None}
+    line = for_restore(
+        launch.line,
+        disks=overlays,
+        machine_type=launch.machine_type,
+        folder=files.folder,
+        qmp=channels.qmp,
+        forward=None if launch.drops_forwards else {},
+        name=name,
+        program=launch.binary.path,
+    )
+    return [str(line.program), *line.arguments]
 
 
 def _engine_sizes(machine: Machine) -> list[str]:

@@ -14,9 +14,9 @@ from lab.guests.registry import GUESTS
 from lab.host.process import QUIT_GRACE_S, running
 from lab.host.running import NAME_PREFIX
 from lab.host.workdir import private_folder
-from lab.vm.commandline import Channels, Launch, check_host, qemu_command
+from lab.vm.commandline import Channels, Launch, check_host, foreign_command, qemu_command
 from lab.vm.devices import DeviceFiles, free_ports
-from lab.vm.disks import own_layers
+from lab.vm.layers import find_nodes, own_layers
 from lab.vm.loops import OwnTask
 from lab.vm.qmp import connected
 from lab.vm.vm import RunningVM
@@ -54,16 +54,17 @@ async def _started(kind: type[VMT], launch: Launch) -> AsyncIterator[VMT]:
         for sock in (qmp_socket, serial_socket, qmp_child, serial_child):
             stack.callback(sock.close)
         folder = stack.enter_context(private_folder("lab-devices-"))
-        disks = own_layers(machine, launch.binary.qemu_img, launch.bases)
-        files = DeviceFiles(
-            folder, await stack.enter_async_context(disks), free_ports(machine.forward)
-        )
+        disks = await stack.enter_async_context(own_layers(launch))
+        files = DeviceFiles(folder, disks, free_ports(machine.forward))
         guest.write_firmware(files.firmware, machine, launch.workload)
         files.create(machine)
         channels = Channels(qmp=qmp_child.fileno(), serial=serial_child.fileno())
-        command = qemu_command(launch, guest, channels, files, name=name)
+        if launch.line is None:
+            command, cwd = qemu_command(launch, guest, channels, files, name=name), None
+        else:
+            command, cwd = foreign_command(launch, channels, files, name=name), launch.line.folder
         process = await stack.enter_async_context(
-            running(command, pass_sockets=(qmp_child, serial_child), thp=machine.thp)
+            running(command, pass_sockets=(qmp_child, serial_child), thp=machine.thp, folder=cwd)
         )
         heart = asyncio.create_task(_heartbeat(), name="heartbeat")
         stack.callback(heart.cancel)
@@ -75,4 +76,6 @@ async def _started(kind: type[VMT], launch: Launch) -> AsyncIterator[VMT]:
             raise process.died("starting") from error
         vm = kind(launch, process=process, qmp=qmp, console=console, guest=guest, files=files)
         stack.push_async_callback(vm.quit)
+        if launch.line is not None:
+            await find_nodes(vm)
         yield vm

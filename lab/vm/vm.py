@@ -43,6 +43,8 @@ class RunningVM:
         self.machine = launch.machine
         self.workload = launch.workload
         self.binary = launch.binary
+        self.line = launch.line
+        """How a VM that the lab did not start was started; None for one of the lab's."""
         self.guest = guest
         self.files = files
         """What the devices stand on: disks, ports, the socket of VNC."""
@@ -219,6 +221,11 @@ class RunningVM:
             where = await self._vcpu_places()
             raise GuestSilentError(f"{error.cause} ({where})", error.remedy) from error
         await self._permit_reboot(False)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether QEMU is somebody else's, who does not want it ended."""
+        return self.process.is_others
 
     @property
     def ports(self) -> Mapping[int, int]:
