@@ -62,7 +62,8 @@ async def _snapshot(args: argparse.Namespace) -> int:
         opened = boot(machine, workload, binary=how.preferred_variant)
     elif given := [name for name in _of_a_boot() if hasattr(args, name)]:
         raise UsageError(
-            f"--{given[0].replace('_', '-')} is of a guest that is booted", "leave it out with --qmp"
+            f"--{given[0].replace('_', '-')} is of a guest that is booted",
+            "leave it out with --qmp",
         )
     else:
         opened = attach(args.qmp)

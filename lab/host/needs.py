@@ -126,3 +126,12 @@ def require_kvm(guest: GuestKind) -> None:
             able = [kind for kind, limits in GUEST_LIMITS.items() if limits.runs_under_pvm]
             choices += [f'guest="{kind}"' for kind in able]
         raise HostError(problem, f"use {' or '.join(choices)}; see `lab doctor`")
+
+
+def may_write(pid: int, folder: Path) -> bool:
+    """Whether a process may create files in a folder of this user's, which only it may enter."""
+    try:
+        uid = Path(f"/proc/{pid}").stat().st_uid
+    except OSError:
+        return False
+    return uid in (0, folder.stat().st_uid)

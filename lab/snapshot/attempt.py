@@ -13,6 +13,7 @@ from typing import Any
 from lab.errors import LabError, QmpError, SnapshotError
 from lab.guests.protocol import ReadyRecord
 from lab.host.limits import process_limit
+from lab.host.needs import may_write
 from lab.host.room import room_bytes
 from lab.host.room import said as room_said
 from lab.instruments.faultlog import FaultLog, read_fault_log
@@ -81,8 +82,11 @@ class Attempt:
         self.fault_log_path = (
             vm.process.workdir / "faults.bin" if log_faults and self.mechanism.logs_faults else None
         )
+        if vm.is_attached and not may_write(vm.pid, vm.process.workdir):
+            self.fault_log_path = None
         # Where something is written: a disk that is full is nobody's to use any more.
         self.folders = [partial.parent, *([vm.process.workdir] if self.fault_log_path else [])]
+        self.cleared: dict[str, bool] = {}
         self.was_running = False
         self.since = 0
         self.request_ns = 0
@@ -132,14 +136,27 @@ class Attempt:
             raise
 
     async def _migrate(self) -> None:
-        channels = file_channel(self.partial) if self.storage is None else _IMAGE_CHANNEL
-        await self.vm.execute("migrate", {"channels": channels})
+        if self.storage is not None:
+            where: dict[str, object] = {"channels": _IMAGE_CHANNEL}
+        elif self.has_descriptor:
+            where = {"uri": f"fd:{IMAGE_DESCRIPTOR}"}
+        else:
+            where = {"channels": file_channel(self.partial)}
+        await self.vm.execute("migrate", where)
 
     async def _prepare(self) -> None:
         vm = self.vm
         # One command: QEMU checks what is incompatible for the set as a whole.
-        capabilities = {"events": True, **_CLEARED}
+        known = {one["capability"] for one in await vm.execute("query-migrate-capabilities")}
+        # An older QEMU does not know all of what may be left on.
+        self.cleared = {name: False for name in _CLEARED if name in known}
+        capabilities = {"events": True, **self.cleared}
         capabilities |= self.mechanism.capabilities(hold=self.hold is not None)
+        if lacking := sorted(set(capabilities) - known):
+            raise SnapshotError(
+                f"QEMU {vm.binary.version} does not have {lacking[0]}, which {self.how.name} needs",
+                "choose another method, or run the VM on a newer QEMU",
+            )
         try:
             await vm.execute("migrate-set-capabilities", {"capabilities": _states(capabilities)})
         except QmpError as error:
@@ -150,14 +167,29 @@ class Attempt:
             # 0 is no limit; the default of 128 MiB/s would not let a busy guest converge.
             "max-bandwidth": 0,
             "downtime-limit": DOWNTIME_LIMIT_MS,
-            "direct-io": self.how.direct_io,
         }
+        if self.how.direct_io or "direct-io" in await vm.execute("query-migrate-parameters"):
+            parameters["direct-io"] = self.how.direct_io
         parameters |= self.mechanism.parameters(str(self.fault_log_path or ""))
         await vm.execute("migrate-set-parameters", parameters)
         if self.storage is not None:
             # QEMU has a duplicate then.  With another one the end of the stream would not be seen.
             with self.storage.sender as sender:
                 await vm.qmp.send_descriptor(IMAGE_DESCRIPTOR, sender.fileno())
+        elif self.has_descriptor:
+            descriptor = os.open(self.partial, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                await vm.qmp.send_descriptor(IMAGE_DESCRIPTOR, descriptor)
+            finally:
+                os.close(descriptor)
+
+    @property
+    def has_descriptor(self) -> bool:
+        """Whether QEMU is given the image open.
+
+        A QEMU of another user's may not open it, and one before 8.2 cannot write to a file.
+        """
+        return self.vm.is_attached and not self.how.has_places and self.storage is None
 
     async def _await_bounded_end(self) -> Event:
         end = asyncio.ensure_future(self._await_end())
@@ -248,7 +280,7 @@ class Attempt:
 
     async def _reset(self) -> None:
         """Leave QEMU as a guest that was never snapshotted would have it."""
-        await self.vm.execute("migrate-set-capabilities", {"capabilities": _states(_CLEARED)})
+        await self.vm.execute("migrate-set-capabilities", {"capabilities": _states(self.cleared)})
         await self.mechanism.reset(self.vm)
 
     async def _abort(self) -> None:
@@ -263,7 +295,7 @@ class Attempt:
             await self._reset()
             if self.was_running and not await self.vm.is_running():
                 await self.vm.cont()
-            if self.storage is not None:
+            if self.storage is not None or self.has_descriptor:
                 with contextlib.suppress(QmpError):  # a migration has taken it
                     await self.vm.execute("closefd", {"fdname": IMAGE_DESCRIPTOR})
         except LabError as error:

@@ -31,10 +31,10 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     when there was none.  `binary` and
     `kernel_sha256` say what took it, for the record: another QEMU that knows the machine type may
     restore it.  `disks` are the frozen layers of a user's disks, in the machine's order; a scratch
-    disk is in no snapshot.  `line` is how the VM was started, where the lab did not start it, and
-    None otherwise: then `machine` says only what its monitor told.  `checksums` is None where none were asked for.  `mark` is what the last
-    bytes of the image are, by which the two belong together (`lab.snapshot.image`); None in those
-    of older versions, whose images have none.
+    disk is in no snapshot.  `line` is how a VM was started that the lab did not start, whose
+    `machine` is only what its monitor told; None of all others.  `checksums` is None where none
+    were asked for.  `mark` is what the last bytes of the image are, by which the two belong
+    together (`lab.snapshot.image`); None in those of older versions, whose images have none.
     """
 
     method: str

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from lab.disks.chain import Layer
 
+
 class Held(Protocol):
     """A layer, and what is to be done when a VM does not need it any more."""
 

@@ -8,6 +8,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lab.errors import GuestError, HostError, UsageError
 from lab.guests.debian.build import find_debian
@@ -89,7 +90,7 @@ def resolved(machine: Machine) -> Machine:
         uefi_code()
     if DEBIAN in machine.image:
         machine = _with_debian(machine)
-    changes = {
+    changes: dict[str, Any] = {
         name: str(Path(value).absolute())
         for name in ("kernel", "initrd", "uefi_vars")
         if (value := getattr(machine, name))
@@ -105,9 +106,9 @@ def _with_debian(machine: Machine) -> Machine:
     if machine.image[0] != DEBIAN or DEBIAN in machine.image[1:]:
         raise UsageError(f"{DEBIAN} is one disk among others", f"name {DEBIAN} once, and first")
     found = find_debian()
-    own = {"kernel": str(found.kernel), "initrd": str(found.initrd), "append": found.append}
-    if machine.kernel:
-        own = {}
+    own: dict[str, Any] = {}
+    if not machine.kernel:
+        own = {"kernel": str(found.kernel), "initrd": str(found.initrd), "append": found.append}
     forward = machine.forward
     if not any(one.endswith(":22") for one in forward):
         forward = (*forward, "0:22")  # for `VM.shell`
