@@ -112,8 +112,8 @@ class VM(RunningVM):
             before the request to `after_s` after the end.
         :param storage_mib_per_s: write the image no faster than that, as if to a slower disk; 0 is
             no limit.  Only for methods that write one byte after the other.
-        :param disks: freeze the disks as well; without them the snapshot is of the memory alone, and
-            a guest that is restored from it finds its disks as they are by then.
+        :param disks: freeze the disks as well; without them the snapshot is of the memory alone,
+            and a guest that is restored from it finds its disks as they are by then.
         :param checksums: write checksums of the image into the sidecar, for `restore` to check.
             They are made after all that is measured, while the guest runs: all CPUs of the host
             read the image for a second or less a GiB.

@@ -168,8 +168,9 @@ def _users_disks(machine: Machine, files: DeviceFiles) -> list[str]:
     for number, disk in enumerate(files.disks):
         node = blockdev(disk.node, disk.layer.path, direct=disk.direct, aio=disk.aio)
         arguments += ["-blockdev", json.dumps(node)]
-        device = f"{_MODELS[machine.disk]},drive={disk.node},id=drive{number},bootindex={number}"
-        arguments += ["-device", device + thread]
+        device = f"{_MODELS[machine.disk]},drive={disk.node},id=drive{number}{thread}"
+        # A kernel of the user's has the first place itself.
+        arguments += ["-device", device if machine.kernel else f"{device},bootindex={number}"]
     return arguments
 
 

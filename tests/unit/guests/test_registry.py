@@ -13,7 +13,7 @@ from lab.scenario.workload import Workload
 
 
 def test_every_guest_that_a_machine_can_have_is_there() -> None:
-    assert tuple(GUESTS) == typing.get_args(GuestKind)
+    assert tuple(GUESTS) == LAB_GUESTS
     for kind, guest in GUESTS.items():
         assert (guest.name, guest.probe.guest, guest.probe.accel) == (kind, kind, "kvm")
         check_fit(guest.probe, Workload("sequential", wss_mib=8))

@@ -14,8 +14,10 @@ from lab.qemu.build import QemuBinary
 from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
 from lab.snapshot.checksums import Checksums
+from lab.snapshot.disks import FrozenDisk
 from lab.snapshot.image import check_image, open_image, read_sidecar
 from lab.snapshot.sidecar import Sidecar, sidecar_path
+from lab.vm.argv import CommandLine
 
 IMAGE = b"image"
 SUMS = Checksums(
@@ -44,6 +46,8 @@ SIDECAR = Sidecar(
         sha256="0" * 64,
     ),
     kernel_sha256="0" * 64,
+    disks=(),
+    line=None,
 )
 
 
@@ -72,8 +76,25 @@ def test_a_guest_that_was_booting_has_said_nothing(image: Path) -> None:
 
 
 def test_the_sidecar_of_an_image_that_has_no_mark_yet_is_read(image: Path) -> None:
-    rewrite(image, format="lab.snapshot/2", mark=...)
+    rewrite(image, format="lab.snapshot/2", mark=..., disks=..., line=...)
     assert read_sidecar(image) == SIDECAR
+
+
+def test_the_sidecar_of_an_image_that_could_have_no_disks_yet_is_read(image: Path) -> None:
+    rewrite(image, format="lab.snapshot/3", disks=..., line=...)
+    assert read_sidecar(image) == SIDECAR
+
+
+def test_the_frozen_disks_of_a_vm_and_how_it_was_started_survive(image: Path) -> None:
+    disk = FrozenDisk(
+        node="disk0", layer="/l/a.qcow2", format="qcow2", virtual_bytes=1 << 30, named="/d.raw"
+    )
+    line = CommandLine(Path("/usr/bin/qemu"), ("-hda", "d,,.raw"), Path("/"))
+    users = msgspec.structs.replace(
+        SIDECAR, machine=Machine(image="/d.raw"), disks=(disk,), line=line, ready=None
+    )
+    sidecar_path(image).write_text(users.to_text())
+    assert read_sidecar(image) == users
 
 
 def test_an_image_may_have_no_checksums(image: Path) -> None:
