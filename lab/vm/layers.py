@@ -47,8 +47,8 @@ async def own_layers(launch: Launch) -> AsyncIterator[list[Disk]]:
         yield disks
     finally:
         for disk in disks:
-            for held in disk.held:
-                held.release()
+            for layer in disk.held:
+                layer.release()
         await store.collect(qemu_img)
 
 

@@ -1,18 +1,17 @@
 """Every guest is in the registry, and a set records what it is and not where it lies."""
 
-import typing
 from pathlib import Path
 
 from lab.guests.linux.guest import BuiltLinux
 from lab.guests.micro.guest import BuiltMicroguest
 from lab.guests.registry import GUESTS
-from lab.scenario.guests import GuestKind
+from lab.scenario.guests import LAB_GUESTS
 from lab.scenario.machine import Machine
 from lab.scenario.scenario import check_fit
 from lab.scenario.workload import Workload
 
 
-def test_every_guest_that_a_machine_can_have_is_there() -> None:
+def test_every_guest_that_the_lab_makes_is_there() -> None:
     assert tuple(GUESTS) == LAB_GUESTS
     for kind, guest in GUESTS.items():
         assert (guest.name, guest.probe.guest, guest.probe.accel) == (kind, kind, "kvm")

@@ -91,7 +91,7 @@ def test_the_frozen_disks_of_a_vm_and_how_it_was_started_survive(image: Path) ->
     )
     line = CommandLine(Path("/usr/bin/qemu"), ("-hda", "d,,.raw"), Path("/"))
     users = msgspec.structs.replace(
-        SIDECAR, machine=Machine(image="/d.raw"), disks=(disk,), line=line, ready=None
+        SIDECAR, machine=Machine(image=("/d.raw",)), disks=(disk,), line=line, ready=None
     )
     sidecar_path(image).write_text(users.to_text())
     assert read_sidecar(image) == users

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lab.errors import UsageError
 from lab.scenario.document import from_json, to_json
-from lab.scenario.guests import GuestKind
+from lab.scenario.guests import LAB_GUESTS
 from lab.scenario.machine import RAM_RESERVE_MIB, Machine, RamKind
 from lab.scenario.methods import METHODS
 from lab.scenario.scenario import Scenario
@@ -44,7 +44,8 @@ from lab.verify.soak.draw import (
 
 KINDS = typing.get_args(RamKind)
 #: Fields that are not drawn: KVM is not everywhere, the guest is chosen, what `extra_args` may hold
-#: is anything, and a Linux guest that is not paced is the harder one.
+#: is anything, a Linux guest that is not paced is the harder one, and what is of users' machines
+#: alone is not of these.
 NOT_DRAWN = {"accel", "guest", "extra_args", "rate_ops_per_s", "page_kib"} | {
     f.name for f in dataclasses.fields(Machine) if not f.metadata.get("varies", True)
 }
