@@ -59,7 +59,7 @@ class Prepared:
         sidecar = _sidecar(attempt, self._ready, size, mark, sums)
         store = Store.default()
         for layer in map(Path, (disk.layer for disk in sidecar.disks)):
-            if layer.parent == store.folder:
+            if store.owns(layer):
                 # Before the snapshot is there that needs it: until then this means nothing.
                 store.keep_for(layer, self._image, mark)
         self._writing.publish(sidecar)
