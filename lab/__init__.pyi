@@ -6,6 +6,9 @@ from .analysis.instruments import df_overhead as df_overhead
 from .analysis.instruments import df_overhead_shown as df_overhead_shown
 from .analysis.instruments import sampling_cost as sampling_cost
 from .analysis.phases import df_phases_by_method as df_phases_by_method
+from .analysis.requests import df_throughput as df_throughput
+from .analysis.requests import read_requests as read_requests
+from .analysis.requests import request_summary as request_summary
 from .analysis.slowdown import df_slowdown as df_slowdown
 from .analysis.slowdown import slowdown as slowdown
 from .analysis.stages import df_against_floor as df_against_floor
@@ -51,6 +54,8 @@ from .figures.varied import plot_varied as plot_varied
 from .figures.waits import plot_stalls as plot_stalls
 from .figures.waits import plot_waits as plot_waits
 from .host.info import HostInfo as HostInfo
+from .loads.load import redis_load as redis_load
+from .loads.pgbench import pgbench_load as pgbench_load
 from .measure.campaign import measure_again as measure_again
 from .measure.campaign import recorded as recorded
 from .runs.cases import df_runs as df_runs
