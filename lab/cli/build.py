@@ -1,6 +1,7 @@
-"""``lab build``: the QEMU binaries and the guests."""
+"""``lab build``: the QEMU binaries and the guests; on request a Debian."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from typing import get_args
@@ -17,13 +18,21 @@ def register(subparsers: Subparsers) -> None:
         "build",
         _build,
         summary="build QEMU, patched and unpatched, and the guests",
-        description="Build what is missing: QEMU with and without the patch series, and guests.",
+        description="Build what is missing: QEMU with and without the patch series, and the guests "
+        "that need no disk. Debian is built when it is asked for.",
     )
     parser.add_argument(
         "--print",
+        "--json",
         action="store_true",
         dest="print_json",
-        help='print {"patched": PATH, "unpatched": PATH}',
+        help='print {"patched": PATH, "unpatched": PATH}; with --guest what was built',
+    )
+    parser.add_argument(
+        "--guest",
+        choices=("debian",),
+        help="only build this disk: a Debian 12 with Redis, PostgreSQL, SQLite, gcc and fio, for "
+        "machines with an image (minutes, about 300 MB of downloads)",
     )
     parser.add_argument(
         "--refresh-source",
@@ -56,6 +65,8 @@ async def _build(args: argparse.Namespace) -> int:
         return await _check_series()
     if args.check_each_step:
         return await _check_each_step()
+    if args.guest:
+        return await _build_debian(args.print_json)
     if args.sanitize:
         return await _build_sanitized(args.sanitize)
     with ProgressLine() as progress:
@@ -66,6 +77,20 @@ async def _build(args: argparse.Namespace) -> int:
     else:
         for name, binary in sorted(binaries.items()):
             print(f"{name:10} {binary.version}  {binary.path}")
+    return 0
+
+
+async def _build_debian(print_json: bool) -> int:
+    from lab.guests.debian.build import DISK_BYTES, ensure_debian
+
+    with ProgressLine() as progress:
+        debian = await ensure_debian(progress)
+    if print_json:
+        print(json.dumps(dataclasses.asdict(debian), default=str))
+        return 0
+    size = f"{debian.disk_bytes >> 20} MiB of a disk of {DISK_BYTES >> 30} GiB"
+    print(f"debian     {size}, built in {debian.build_s:.0f} s  {debian.disk}")
+    print(", ".join(f"{name} {version}" for name, version in sorted(debian.packages.items())))
     return 0
 
 

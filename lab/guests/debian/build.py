@@ -268,7 +268,9 @@ async def _build(work: Path, mke2fs: Path, log: Path, say: Progress) -> None:
     await run_tool(key, log=log)
     await _unpack(tree, work, log, say)
     query = ["dpkg-query", f"--admindir={tree / 'var/lib/dpkg'}", "-W"]
-    lines = await run_tool([*query, "-f", "${Package} ${Version}\\n", *PACKAGES], log=log)
+    # The metapackage's version is not the server's.
+    names = [*PACKAGES, "postgresql-[0-9]*"]
+    lines = await run_tool([*query, "-f", "${Package} ${Version}\\n", *names], log=log)
     say("Debian: writing the disk")
     command = [*_root_command(), str(mke2fs), "-q", *_FILE_SYSTEM, "-d", str(tree), str(disk)]
     await run_tool([*command, f"{DISK_BYTES >> 20}M"], log=log)
@@ -277,7 +279,7 @@ async def _build(work: Path, mke2fs: Path, log: Path, say: Progress) -> None:
         (work / name).chmod(0o444)
     told = {
         "append": APPEND,
-        "packages": dict(line.split() for line in lines),
+        "packages": dict(parts for line in lines if len(parts := line.split()) == 2),
         "disk_bytes": disk.stat().st_blocks * 512,
         "build_s": round(time.monotonic() - began, 1),
     }

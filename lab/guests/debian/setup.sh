@@ -65,6 +65,13 @@ PasswordAuthentication no
 PrintMotd no
 PrintLastLog no
 END
+# Its check of its own configuration takes as long as its start.
+put /etc/systemd/system/ssh.service.d/lab.conf <<'END'
+[Service]
+ExecStartPre=
+END
+touch "$tree/root/.hushlogin"
+echo 'set enable-bracketed-paste off' | put /root/.inputrc
 rm -f "$tree"/etc/ssh/ssh_host_*
 inside ssh-keygen -q -t ed25519 -N '' -C root@lab-debian -f /etc/ssh/ssh_host_ed25519_key
 
@@ -92,7 +99,21 @@ put "/etc/postgresql/$cluster/conf.d/lab.conf" <<'END'
 listen_addresses = '*'
 ssl = off
 END
-# A server for one command, which listens to nobody.
+# Debian starts the server by a script in Perl, which takes seconds under TCG.
+put "/etc/systemd/system/postgresql@$version-main.service.d/lab.conf" <<END
+[Service]
+Type=notify
+User=postgres
+ExecStart=
+ExecStart=/usr/lib/postgresql/$version/bin/postgres -D /var/lib/postgresql/$cluster -c config_file=/etc/postgresql/$cluster/postgresql.conf
+ExecStop=
+ExecReload=
+ExecReload=/bin/kill -HUP \$MAINPID
+PIDFile=
+KillMode=mixed
+KillSignal=SIGINT
+END
+# A server for these commands, which listens to nobody.
 printf '%s\n' 'CREATE ROLE lab SUPERUSER LOGIN' 'CREATE DATABASE lab OWNER lab' |
     inside setpriv --reuid postgres --regid postgres --init-groups \
         "/usr/lib/postgresql/$version/bin/postgres" --single \
@@ -105,9 +126,16 @@ printf '%s\n' 'CREATE ROLE lab SUPERUSER LOGIN' 'CREATE DATABASE lab OWNER lab' 
 say "leaving out what no experiment needs"
 for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \
     e2scrub_reap.service fstrim.timer logrotate.timer man-db.timer systemd-tmpfiles-clean.timer \
-    systemd-pstore.service systemd-random-seed.service getty@tty1.service; do
+    systemd-pstore.service systemd-random-seed.service systemd-network-generator.service \
+    systemd-journal-flush.service systemd-update-utmp.service systemd-update-utmp-runlevel.service \
+    systemd-binfmt.service proc-sys-fs-binfmt_misc.automount modprobe@.service dev-mqueue.mount \
+    sys-kernel-config.mount sys-kernel-debug.mount sys-kernel-tracing.mount \
+    sys-fs-fuse-connections.mount getty@tty1.service; do
     ln -sf /dev/null "$tree/etc/systemd/system/$unit"
 done
+# Loaded for what the processor can, and used by nobody here.
+printf 'blacklist %s\n' kvm_amd kvm_intel aesni_intel ghash_clmulni_intel sha512_ssse3 sha256_ssse3 \
+    sha1_ssse3 | put /etc/modprobe.d/lab.conf
 inside systemctl -q enable redis-server.service postgresql.service ssh.service
 inside systemctl -q set-default multi-user.target
 # The journal of a run is in memory, so that nothing but the application writes to the disk.
