@@ -248,6 +248,12 @@ class Store:
             name = f"{mark}.{content_key(os.fsencode(snapshot))}"
             write_atomically(folder / name, json.dumps(content).encode())
 
+    def let_go(self, layer: Path, snapshot: Path, mark: str) -> None:
+        """Take back what `keep_for` has written down: the lab itself has replaced the snapshot."""
+        name = f"{mark}.{content_key(os.fsencode(snapshot.absolute()))}"
+        with contextlib.suppress(OSError):
+            (self._needed_path(layer.stem) / name).unlink()
+
     async def forget(self, path: Path) -> int:
         """Drop the references to snapshots that were at or below a path and are not there now.
 

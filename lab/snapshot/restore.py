@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lab.disks.store import Store
 from lab.errors import GuestError, LaunchError, QmpError, RestoreError, UsageError
 from lab.qemu.build import find_qemu
 from lab.scenario.machine import Accel
@@ -110,11 +111,20 @@ async def _loaded(
         ) from error
     vm.fallback = choice.fallback
     vm.machine_type = sidecar.machine_type
+    _keep_layers(image)
     await _load(vm, image, mapped=mapped, channels=channels)
     await vm.taken_over(sidecar.ready, sidecar.boot_before)
     if vm.is_ready:
         await _check_identity(vm, name)
     return vm
+
+
+def _keep_layers(image: OpenImage) -> None:
+    """Have the layers kept for the image where it is now, as it may have been moved."""
+    for disk in image.sidecar.disks:
+        layer, store, mark = Path(disk.layer), Store.default(), image.sidecar.mark
+        if mark is not None and store.owns(layer):
+            store.keep_for(layer, image.path, mark)
 
 
 async def _run(vm: RunningVM, name: str) -> None:

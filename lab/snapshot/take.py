@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lab.disks.chain import Layer
 from lab.disks.store import Store
-from lab.errors import SnapshotError, UsageError
+from lab.errors import RestoreError, SnapshotError, UsageError
 from lab.guests.protocol import ReadyRecord
 from lab.instruments.instrument import Watch
 from lab.scenario.methods import METHODS
@@ -17,7 +17,7 @@ from lab.scenario.storage import Storage
 from lab.snapshot.attempt import Attempt
 from lab.snapshot.checksums import Checksums, checksums_of
 from lab.snapshot.disks import DiskSwitch
-from lab.snapshot.image import PartialImage, partial_image
+from lab.snapshot.image import PartialImage, partial_image, read_sidecar
 from lab.snapshot.mechanisms.base import Hold
 from lab.snapshot.result import Snapshot
 from lab.snapshot.room import check_disk
@@ -57,12 +57,14 @@ class Prepared:
         size = partial.stat().st_size
         sums = await _checksums(partial, size) if checksums else None
         sidecar = _sidecar(attempt, self._ready, size, mark, sums)
-        store = Store.default()
-        for layer in map(Path, (disk.layer for disk in sidecar.disks)):
-            if store.owns(layer):
-                # Before the snapshot is there that needs it: until then this means nothing.
-                store.keep_for(layer, self._image, mark)
+        replaced = _replaced(self._image)
+        for layer in _layers(sidecar):
+            # Before the snapshot is there that needs it: until then this means nothing.
+            Store.default().keep_for(layer, self._image, mark)
         self._writing.publish(sidecar)
+        if replaced is not None and replaced.mark is not None:
+            for layer in _layers(replaced):
+                Store.default().let_go(layer, self._image, replaced.mark)
         return attempt.result(self._image, size)
 
 
@@ -140,6 +142,20 @@ async def take(
     async with prepare as snapshot:
         await snapshot.run(watch or Watch())
         return await snapshot.publish()
+
+
+def _layers(sidecar: Sidecar) -> list[Path]:
+    """Those of the frozen layers that the lab keeps; the others are the user's."""
+    layers = [Path(disk.layer) for disk in sidecar.disks]
+    return [layer for layer in layers if Store.default().owns(layer)]
+
+
+def _replaced(image: Path) -> Sidecar | None:
+    """The sidecar of the snapshot that has the name already, if it is a whole one."""
+    try:
+        return read_sidecar(image)
+    except RestoreError:
+        return None
 
 
 def _possible(variant: str) -> str:

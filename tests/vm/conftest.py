@@ -62,6 +62,8 @@ def platform(request: pytest.FixtureRequest) -> Iterator[str]:
         if machine.accel == "kvm":
             # No test asks for that by name: this is a probe of the accelerator.
             return Settled(machine=machine)
+        if machine.is_users:
+            return Settled(machine=dataclasses.replace(machine, accel=accel))
         return Settled(machine=dataclasses.replace(machine, guest=guest, accel=accel))
 
     with pytest.MonkeyPatch.context() as patch:
