@@ -28,6 +28,7 @@ COMMANDS = (
     "boot",
     "snapshot",
     "restore",
+    "disk",
     "measure",
     "floor",
     "seal",

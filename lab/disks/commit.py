@@ -137,12 +137,12 @@ def who_needs(kept: Kept, *, beside: Path | None = None) -> list[str]:
     for found in kept.references:
         said = {
             "there": "",
-            "gone": ", which is not there any more",
-            "away": ", whose folder is not there",
-            "unreadable": ", which cannot be read",
+            "gone": ", which is not there any more,",
+            "away": ", whose folder is not there,",
+            "unreadable": ", which cannot be read,",
         }[found.state]
         named = "a snapshot" if found.snapshot is None else f"the snapshot {found.snapshot}"
-        reasons.append(f"{named}{said}, needs it")
+        reasons.append(f"{named}{said} needs it")
     reasons += [f"the layer {path.name} is on it" for path in kept.above if path != beside]
     return reasons
 

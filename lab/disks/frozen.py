@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lab.disks.store import Store, snapshot_mark
 from lab.errors import UsageError
 
 
@@ -30,7 +31,7 @@ def frozen_disks(snapshot: Path) -> tuple[FrozenDisk, ...]:
     :param snapshot: the image; its sidecar is beside it.
     :raise UsageError: when there is no such snapshot, or its sidecar is none.
     """
-    sidecar = snapshot.with_name(snapshot.name + ".json")
+    sidecar = _sidecar(snapshot)
     try:
         document = json.loads(sidecar.read_bytes())
         disks: list[Any] = document.get("disks") or []
@@ -49,3 +50,23 @@ def frozen_disks(snapshot: Path) -> tuple[FrozenDisk, ...]:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{sidecar} is no sidecar of a snapshot: {error!r}") from error
+
+
+def remember(store: Store, snapshot: Path) -> tuple[FrozenDisk, ...]:
+    """Return the disks of a snapshot, and note where it is now, as it may have been moved.
+
+    Whoever uses a snapshot calls this: its layers are kept for it from then on.
+
+    :raise UsageError: when there is no such snapshot, or its sidecar is none.
+    :raise HostError: when that cannot be written down.
+    """
+    disks = frozen_disks(snapshot)
+    mark = snapshot_mark(_sidecar(snapshot))
+    for disk in disks:
+        if mark is not None and store.owns(disk.layer):
+            store.keep_for(disk.layer, snapshot, mark)
+    return disks
+
+
+def _sidecar(snapshot: Path) -> Path:
+    return snapshot.with_name(snapshot.name + ".json")

@@ -31,8 +31,9 @@ moved with `mv` before the next one took its name.  Therefore:
 - Not even that removes a layer whose snapshot cannot be looked for: its folder is not there, or
   is another one than it was (a disk that is not mounted), or may not be read.  `Store.forget`,
   `lab disk clean --forget PATH`, is for folders that are gone for good.
-- `Store.keep_for` with the new path makes a moved or copied snapshot known again.  A restore does
-  that, so a snapshot that was restored where it is now keeps its layers.
+- `Store.keep_for` with the new path makes a moved or copied snapshot known again.  Whoever uses one
+  does that (`lab.disks.frozen.remember`), so a snapshot that was restored where it is now keeps its
+  layers.
 
 What this is no protection against: a host that loses power within half a minute may lose what was
 written last, a reference as well as the snapshot (`lab/snapshot/README.md`).  Nothing is flushed,

@@ -14,7 +14,8 @@ def cache_dir() -> Path:
     """Return the cache directory, created private to the user if it is not there.
 
     ``$LAB_CACHE`` wins, then ``$XDG_CACHE_HOME/vm-snapshot-lab``, then
-    ``~/.cache/vm-snapshot-lab``. Everything below it can be rebuilt and may be deleted.
+    ``~/.cache/vm-snapshot-lab``. Everything below it can be rebuilt and may be deleted, except the
+    layers that snapshots with disks need (`lab.disks.store`), unless LAB_LAYERS_DIR is elsewhere.
 
     :raise HostError: when it cannot be created.
     """
