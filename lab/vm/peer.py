@@ -1,14 +1,13 @@
 """A QEMU that runs already: which process it is, and what its machine is and permits."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lab.errors import HostError, QmpError, SnapshotError
-from lab.vm.argv.line import CommandLine, read_command_line
-from lab.vm.argv.options import first, pairs_of, parse_options
 from lab.vm.qmp import Qmp
 
 log = logging.getLogger(__name__)
@@ -17,6 +16,8 @@ PROC = Path("/proc")
 
 _ENGINE = "x-snapshot-engine"
 """A parameter that only the patched QEMU has."""
+
+_HOST_ADDRESS = re.compile(r"is (0x[0-9a-f]+)")
 
 _IDLE = frozenset(("none", "completed", "failed", "cancelled"))
 """States of a migration that does not run."""
@@ -88,11 +89,11 @@ async def find_process(qmp: Qmp) -> int:
     pid = owners.pop() if len(owners) == 1 else None
     if pid is None:
         raise _elsewhere()
-    line = read_command_line(pid)
     # In another PID namespace the numbers may be those of another process here.
-    name = (await qmp.execute("query-name")).get("name", "")
-    uuid = (await qmp.execute("query-uuid"))["UUID"]
-    if not _may_be(line, str(name), str(uuid)):
+    found = _HOST_ADDRESS.search(await qmp.hmp("gpa2hva 0"))
+    if found is None:
+        raise QmpError("this QEMU does not say where the guest's memory begins")
+    if not _has_mapped(pid, int(found[1], 16)):
         raise _elsewhere()
     return pid
 
@@ -114,15 +115,18 @@ def _elsewhere() -> HostError:
     )
 
 
-def _may_be(line: CommandLine, name: str, uuid: str) -> bool:
-    """Whether a process may be the QEMU that has this name and UUID."""
-    said_name, said_uuid = "", ""
-    for option in parse_options(line.arguments):
-        if option.name == "name":
-            said_name = first(pairs_of(option), "guest") or said_name
-        elif option.name == "uuid":
-            said_uuid = (option.value or "").lower()
-    return said_name == name and said_uuid in ("", uuid.lower())
+def _has_mapped(pid: int, address: int) -> bool:
+    try:
+        lines = (PROC / str(pid) / "maps").read_text(errors="replace").splitlines()
+    except PermissionError as error:
+        raise HostError(
+            f"the QEMU behind this monitor is process {pid}, which is another user's",
+            "run as that user, or as root",
+        ) from error
+    except OSError:
+        return False
+    ranges = (line.split(None, 1)[0].split("-") for line in lines)
+    return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
 
 
 async def describe(qmp: Qmp, pid: int) -> Peer:

@@ -48,9 +48,11 @@ class Foreign:
 
 
 @contextlib.asynccontextmanager
-async def started(command: Sequence[str | Path], monitor: Path) -> AsyncIterator[Foreign]:
+async def started(
+    command: Sequence[str | Path], monitor: Path, *, pass_fds: Sequence[int] = ()
+) -> AsyncIterator[Foreign]:
     """Start a QEMU as a user would, whose line makes a QMP socket at `monitor`."""
-    async with _process(command, folder=monitor.parent) as process:
+    async with _process(command, folder=monitor.parent, pass_fds=pass_fds) as process:
         link = socket.socket(socket.AF_UNIX)
         async with asyncio.timeout(BOUND_S):
             while True:

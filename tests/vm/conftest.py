@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import lab
 from lab.host.needs import huge_pages
 from lab.host.probe import KVM_DEVICE
+from lab.host.workdir import private_folder
+from lab.qemu.build import find_qemu
 from lab.scenario.machine import HUGE_PAGE_MIB, Accel, GuestKind, Machine
 from lab.session import VM
 from lab.vm.accelerator import Settled, kvm_guest_problem
@@ -103,6 +106,24 @@ def reserve_huge_pages() -> Iterator[Callable[[int], str]]:
     yield reserve
     if ours and huge_pages()[0] != before:
         _NR_HUGEPAGES.write_text(str(before))
+
+
+@pytest.fixture(params=["patched", "unpatched", "system"])
+def qemu(request: pytest.FixtureRequest) -> Path:
+    """A QEMU to start by hand: the lab's, or the system's if it has one."""
+    if request.param != "system":
+        return find_qemu(request.param).path
+    found = shutil.which("qemu-system-x86_64")
+    if found is None:
+        pytest.skip("this system has no qemu-system-x86_64")
+    return Path(found)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder for sockets.  The test's own has too long a name for them."""
+    with private_folder("lab-foreign-") as made:
+        yield made
 
 
 @pytest.fixture

@@ -1,15 +1,13 @@
 """The command line of a QEMU that somebody else started restores its snapshot, beside it."""
 
 import json
-import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from lab.host.workdir import private_folder
 from lab.qemu.build import find_qemu
 from lab.vm.argv import disks, for_restore, read_command_line
 from lab.vm.peer import describe, find_process
@@ -20,30 +18,10 @@ from tests.support.foreign import Foreign, boot_disk, counted, qemu_img, started
 
 pytestmark = [pytest.mark.vm, pytest.mark.platforms("micro-tcg")]
 
-DEBIAN = "qemu-system-x86_64"
-
-
-@pytest.fixture(params=["patched", "unpatched", "debian"])
-def qemu(request: pytest.FixtureRequest) -> Path:
-    """A QEMU: the lab's, or the system's if it has one."""
-    if request.param != "debian":
-        return find_qemu(request.param).path
-    found = shutil.which(DEBIAN)
-    if found is None:
-        pytest.skip(f"there is no {DEBIAN}")
-    return Path(found)
-
 
 @pytest.fixture
 def img() -> Path:
     return find_qemu("patched").path.with_name("qemu-img")
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    # Not the test's own: its name is too long for a socket.
-    with private_folder("lab-foreign-") as made:
-        yield made
 
 
 @dataclass(frozen=True)
@@ -224,7 +202,13 @@ async def test_a_machine_is_restored_beside_the_one_that_runs(
 ) -> None:
     layout = LAYOUTS[name]
     await make_disks(folder, img)
-    command: list[str | Path] = [qemu, "-M", layout.machine, *COMMON, *layout.arguments(folder)]
+    command: list[str | Path] = [
+        qemu,
+        "-M",
+        layout.machine,
+        *COMMON,
+        *layout.arguments(folder),
+    ]
     scratch = tmp_path / "scratch"
     async with started(command, folder / "qmp") as first:
         pid = await find_process(first.qmp)
