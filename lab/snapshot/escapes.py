@@ -65,6 +65,12 @@ async def _writers(vm: "RunningVM") -> AsyncIterator[str]:
         if node["drv"] in PINNING_DRIVERS:
             yield f"the drive {node['node-name']} ({node['drv']})"
     addresses = [block.host_address for block in await vm.ram_blocks()]
+    if not all(addresses):
+        raise SnapshotError(
+            f"QEMU {vm.binary.version} does not say where its memory is, so nobody can tell "
+            "whether another process writes to it",
+            "take the snapshot with migrate-to-file or stop-and-copy, or run QEMU 8.0 or newer",
+        )
     for pid in processes_that_share(vm.pid, addresses):
         yield f"process {pid}"
 

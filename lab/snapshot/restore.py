@@ -12,6 +12,7 @@ from lab.errors import GuestError, LaunchError, QmpError, RestoreError, UsageErr
 from lab.qemu.build import find_qemu
 from lab.scenario.machine import Accel
 from lab.scenario.methods import MAPPED_RAM, Variant, method
+from lab.snapshot.attempt import IMAGE_DESCRIPTOR
 from lab.snapshot.image import OpenImage, check_image, file_channel, open_image
 from lab.vm.accelerator import settled
 from lab.vm.commandline import Launch
@@ -147,18 +148,20 @@ async def _load(vm: RunningVM, image: OpenImage, *, mapped: bool, channels: int)
     needed = {"events": True, MAPPED_RAM: mapped, "multifd": channels > 1}
     log_chars = len(vm.process.log_text())
     try:
-        await vm.execute(
-            "migrate-set-capabilities",
-            {"capabilities": [{"capability": name, "state": on} for name, on in needed.items()]},
-        )
+        known = {one["capability"] for one in await vm.execute("query-migrate-capabilities")}
+        states = [
+            {"capability": name, "state": on}
+            for name, on in needed.items()
+            # An older QEMU does not know all of what is not needed.
+            if on or name in known
+        ]
+        await vm.execute("migrate-set-capabilities", {"capabilities": states})
         if channels > 1:
             await vm.execute("migrate-set-parameters", {"multifd-channels": channels})
         # Whoever looked for holes in it has moved its position, which QEMU takes for the beginning.
         os.lseek(image.descriptor, 0, os.SEEK_SET)
-        async with vm.qmp.lent(image.descriptor) as lent:
-            await vm.execute(
-                "migrate-incoming", {"channels": file_channel(lent), "exit-on-error": False}
-            )
+        async with _source(vm, image, reads_files=MAPPED_RAM in known) as source:
+            await vm.execute("migrate-incoming", source)
             event = await vm.watched(
                 vm.qmp.wait_event(_has_loaded, since=since, timeout_s=timeout_s),
                 "loading the image",
@@ -176,6 +179,20 @@ async def _load(vm: RunningVM, image: OpenImage, *, mapped: bool, channels: int)
     raise RestoreError(
         f"{image.path.name} cannot be restored: {why}", "take the snapshot again"
     ) from None
+
+
+@contextlib.asynccontextmanager
+async def _source(
+    vm: RunningVM, image: OpenImage, *, reads_files: bool
+) -> AsyncIterator[dict[str, object]]:
+    """Give QEMU the open image, and yield how the command has to name it."""
+    if reads_files:
+        async with vm.qmp.lent(image.descriptor) as lent:
+            yield {"channels": file_channel(lent), "exit-on-error": False}
+    else:
+        # A QEMU before 9.0, which ends where it cannot load the image.
+        await vm.qmp.send_descriptor(IMAGE_DESCRIPTOR, image.descriptor)
+        yield {"uri": f"fd:{IMAGE_DESCRIPTOR}"}
 
 
 async def _check_identity(vm: RunningVM, name: str) -> None:

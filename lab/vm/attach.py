@@ -28,7 +28,7 @@ from lab.scenario.workload import Workload
 from lab.vm.argv import CommandLine, disks, read_command_line
 from lab.vm.commandline import Launch
 from lab.vm.devices import DeviceFiles
-from lab.vm.disks import Disk
+from lab.vm.disks import Disk, file_of
 from lab.vm.launch import VMT
 from lab.vm.loops import OwnTask
 from lab.vm.peer import Peer, describe, find_process, put_back
@@ -157,11 +157,10 @@ async def _disks(qmp: Qmp, line: CommandLine, qemu_img: Path) -> list[Disk]:
 async def _disk(
     inserted: dict[str, Any], folder: Path, named: Sequence[Path], qemu_img: Path
 ) -> Disk:
-    path = folder / inserted["image"]["filename"]
-    if not path.is_file():
+    path = file_of(inserted, folder)
+    if path is None:
         raise SnapshotError(
-            f"the disk {inserted['image']['filename']} is no file, so no overlay has a place "
-            "beside it",
+            f"the disk {inserted['file']} is no file, so no overlay has a place beside it",
             "detach it first, or take a snapshot of the memory alone with disks=False",
         )
     chain = await read_chain(qemu_img, path, format=inserted["drv"])

@@ -1,5 +1,7 @@
 """The disks of a user's VM: the layer that each is written to, and QEMU's description of it."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,3 +56,20 @@ def blockdev(disk_node: str, path: Path, *, direct: bool, aio: str) -> dict[str,
             "cache": {"direct": direct},
         },
     }
+
+
+_DESCRIBED = "json:"
+
+
+def file_of(inserted: Mapping[str, Any], folder: Path) -> Path | None:
+    """Return the file of a disk as `query-block` describes it, None for what is no file.
+
+    :param folder: QEMU's working directory.
+    """
+    name = inserted["file"]
+    if name.startswith(_DESCRIBED):
+        # As QEMU writes it where its layers are not those that the file's own header leads to: the
+        # header has another spelling of a path, for example.
+        name = json.loads(name.removeprefix(_DESCRIBED)).get("file", {}).get("filename", "")
+    path = folder / name.removeprefix("file:")
+    return path if name and path.is_file() else None

@@ -8,7 +8,7 @@ from lab.disks.chain import read_chain, require_unlocked
 from lab.disks.store import Store
 from lab.errors import QmpError
 from lab.vm.commandline import Launch
-from lab.vm.disks import Disk
+from lab.vm.disks import Disk, file_of
 from lab.vm.vm import RunningVM
 
 
@@ -57,11 +57,8 @@ async def find_nodes(vm: RunningVM) -> None:
 
     :raise QmpError: when one is not there.
     """
-    tops = {
-        Path(block["inserted"]["image"]["filename"]): block["inserted"]
-        for block in await vm.execute("query-block")
-        if "inserted" in block
-    }
+    blocks = [block["inserted"] for block in await vm.execute("query-block") if "inserted" in block]
+    tops = {file_of(inserted, Path("/")): inserted for inserted in blocks}
     for disk in vm.files.disks:
         if disk.layer.path not in tops:
             raise QmpError(f"QEMU does not have the disk {disk.layer.path} open")

@@ -10,7 +10,8 @@ from lab.errors import QmpError
 class RamBlock:
     """One RAM block of QEMU, as `info ramblock` shows it.
 
-    `host_address` is where it is mapped in the QEMU process; only `used_bytes` of it are migrated.
+    `host_address` is where it is mapped in the QEMU process, 0 where QEMU is too old to say so
+    (before 8.0); only `used_bytes` of it are migrated.
     """
 
     name: str
@@ -24,7 +25,7 @@ class RamBlock:
 _RAM_BLOCK = re.compile(
     r"^\s*(?P<name>(?:\S.*?)?)\s+(?P<page>\d+) (?P<unit>[KMG]iB)"
     r"\s+0x[0-9a-f]+\s+0x(?P<used>[0-9a-f]+)\s+0x(?P<total>[0-9a-f]+)"
-    r"\s+0x(?P<host>[0-9a-f]+)\s+(?P<access>ro|rw)\s*$"
+    r"(?:\s+0x(?P<host>[0-9a-f]+)\s+(?P<access>ro|rw))?\s*$"
 )
 _UNIT_BYTES = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
@@ -48,7 +49,7 @@ def parse_ram_blocks(text: str) -> list[RamBlock]:
         blocks.append(
             RamBlock(
                 name=match["name"],
-                host_address=int(match["host"], 16),
+                host_address=int(match["host"] or "0", 16),
                 used_bytes=int(match["used"], 16),
                 total_bytes=int(match["total"], 16),
                 page_bytes=int(match["page"]) * _UNIT_BYTES[match["unit"]],
