@@ -15,7 +15,7 @@ from lab.disks.chain import Layer, read_chain
 from lab.disks.commit import commit, export
 from lab.disks.frozen import FrozenDisk, frozen_disks
 from lab.disks.store import HeldLayer, Store
-from lab.errors import HostError, UsageError
+from lab.errors import HostError, LabError, UsageError
 from tests.unit.disks.conftest import Make, call
 from tests.unit.disks.test_killed import forked, kill_at
 
@@ -199,6 +199,40 @@ async def test_a_disk_that_fills_up_meanwhile_leaves_the_old_one(
 
     assert content(qemu_img, top) == before
     assert sorted(store.folder.iterdir()) == files
+    assert len(await read_chain(qemu_img, top)) == 4
+
+
+@pytest.mark.parametrize("kib", [0, 64, 200, 400, 600])
+@pytest.mark.parametrize("ends", ["XFSZ", ""])
+async def test_a_write_that_fails_leaves_the_old_one(
+    qemu_img: Path, store: Store, base: Layer, tmp_path: Path, kib: int, ends: str
+) -> None:
+    """At any byte, and whether or not `qemu-img` lives to say so."""
+    held = await grown(qemu_img, store, base, 3)
+    top = held[2].layer.path
+    publish(store, held[2].layer, tmp_path / "a.snap")
+    release(held)
+    before, files = content(qemu_img, top), sorted(store.folder.iterdir())
+    limited = tmp_path / "qemu-img"
+    # Dash counts in blocks of 512 bytes.
+    deaf = "" if ends else "trap '' XFSZ\n"
+    limited.write_text(f'#!/bin/sh\n{deaf}ulimit -f {kib * 2}\nexec {qemu_img} "$@"\n')
+    limited.chmod(0o755)
+
+    for work in (
+        commit(limited, top, store=store),
+        export(limited, top, tmp_path / "out.raw", format="raw", store=store),
+        store.new_layer(limited, base) if kib < 192 else export(limited, top, top, store=store),
+    ):
+        with pytest.raises(LabError) as caught:
+            await work
+        assert "cannot be made" in caught.value.cause or "already" in caught.value.cause
+
+    assert content(qemu_img, top) == before
+    assert sorted(store.folder.iterdir()) == files
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".json") == [
+        *("layers", "qemu-img", base.path.name)
+    ]
     assert len(await read_chain(qemu_img, top)) == 4
 
 
