@@ -150,7 +150,8 @@ class RedisLoad(Load):
         self._rate_per_s = rate_per_s
         self._map: mmap.mmap | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._said: Exception | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._said: LabError | None = None
         self._final: tuple[np.void, Records, int] | None = None
         self.start_ns = 0
         """CLOCK_MONOTONIC when the load began."""
@@ -182,11 +183,12 @@ class RedisLoad(Load):
 
     @property
     def has_ended(self) -> bool:
-        return self._process is None or self._process.returncode is not None
+        # What it said last is known then, too.
+        return self._following is None or self._following.done()
 
     @property
     def problem(self) -> LabError | None:
-        if isinstance(self._said, LabError):
+        if self._said is not None:
             return self._said
         if self.refused:
             return GuestError(
@@ -251,12 +253,18 @@ class RedisLoad(Load):
         )
         word, rest = await self._line()
         if word != "ready":
-            raise GuestError(f"{self.what}: {rest or 'the generator died'}")
+            # A forwarded port takes connections also while nobody in the guest does.
+            not_yet = "before it answered" in rest
+            raise GuestError(
+                f"{self.what}: {rest or 'the generator died'}",
+                "wait until the server in the guest is up" if not_yet else "",
+            )
         self.start_ns = int(rest)
         size = _HEADER_BYTES + self._capacity * _RECORD.itemsize
         self._map = mmap.mmap(self._memory, size, prot=mmap.PROT_READ)
         assert int(self._header()["magic"]) == _MAGIC
         assert int(self._header()["record_bytes"]) == _RECORD.itemsize
+        self._following = asyncio.create_task(self._follow(), name=self.what)
 
     async def _line(self) -> tuple[str, str]:
         assert self._process is not None
@@ -288,11 +296,15 @@ class RedisLoad(Load):
         if process is not None and process.returncode is None:
             assert process.stdin is not None
             process.stdin.close()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(END_GRACE_S):
-                    await process.wait()
-            kill_child(process)
+            try:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(END_GRACE_S):
+                        await process.wait()
+            finally:
+                kill_child(process)
             await process.wait()
+        if self._following is not None:
+            await self._following
         if self._map is not None:
             self._final = self._read()
             self._map.close()
@@ -361,12 +373,7 @@ async def redis_load(
     load = RedisLoad(port, max_requests, rate_per_s)
     try:
         await load._begin(program, [f"{key}={value}" for key, value in arguments.items()])
-        following = asyncio.create_task(load._follow(), name=load.what)
-        try:
-            yield load
-        finally:
-            await load.end()
-            await following
+        yield load
     finally:
         await load.end()
     if load.problem is not None:

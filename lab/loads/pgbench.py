@@ -1,6 +1,6 @@
 """Load on PostgreSQL by its own generator pgbench, transaction by transaction.
 
-pgbench is on this host, in Debian in the package `postgresql-contrib` or `postgresql-client`.
+pgbench runs on this host.  In Debian it comes with the server, in the package `postgresql`.
 
 What its log says, and what it does not (versions 14 and later):
 
@@ -44,6 +44,7 @@ from lab.units import NS_PER_MS, NS_PER_S, NS_PER_US
 Script = Literal["tpcb-like", "simple-update", "select-only"]
 
 _DEBIAN = Path("/usr/lib/postgresql")
+_WRAPPER = "pg_wrapper"
 # The log is no work for the disk that a snapshot is written to.
 _MEMORY = Path("/dev/shm")
 # So long that it never ends by itself; ended by the signal that ends it when the time is over.
@@ -56,18 +57,23 @@ _SET_NS = 1 * NS_PER_MS
 
 
 def find_pgbench() -> Path:
-    """Return the program.
+    """Return the program, of the newest version that there is.
 
     :raise HostError: it is not installed.
     """
-    if found := shutil.which("pgbench"):
-        return Path(found)
-    versions = sorted(_DEBIAN.glob("*/bin/pgbench"), key=lambda path: _version(path.parts[-3]))
-    if not versions:
+    # Before the PATH: there Debian has a script that asks settings of this user which version to
+    # run, and that is there without any, too.
+    versions = list(_DEBIAN.glob("*/bin/pgbench"))
+    if versions:
+        return max(versions, key=lambda path: _version(path.parts[-3]))
+    found = shutil.which("pgbench")
+    if found is None or Path(found).resolve().name == _WRAPPER:
         raise HostError(
-            "pgbench is not installed", "install postgresql-contrib, or postgresql-client"
+            "pgbench is not installed",
+            "install the package postgresql; it makes no server on this host when "
+            "/etc/postgresql-common/createcluster.conf has `create_main_cluster = false` before",
         )
-    return versions[-1]
+    return Path(found)
 
 
 def _version(name: str) -> float:
@@ -95,13 +101,14 @@ async def initialise(
     scale: int,
     *,
     port: int,
-    user: str = "postgres",
-    database: str = "postgres",
+    user: str = "lab",
+    database: str = "lab",
     password: str | None = None,
 ) -> None:
     """Make pgbench's tables, of 100,000 rows for each unit of `scale`, some 15 MiB; what was in
     tables of these names is lost.
 
+    :param user: and `database`: by default those that the lab's Debian has for this.
     :raise HostError: pgbench is not installed.
     :raise GuestError: it failed.
     """
@@ -308,8 +315,8 @@ async def pgbench_load(
     clients: int = 8,
     rate_per_s: float | None = None,
     script: Script = "tpcb-like",
-    user: str = "postgres",
-    database: str = "postgres",
+    user: str = "lab",
+    database: str = "lab",
     password: str | None = None,
     seed: int = 1,
 ) -> AsyncIterator[PgbenchLoad]:
@@ -318,6 +325,7 @@ async def pgbench_load(
     It begins with pgbench's first report of progress, a second after its clients are connected.  On
     the way out transactions that have begun may end; the table remains.
 
+    :param user: and `database`: by default those that the lab's Debian has for this.
     :param clients: connections, each with one transaction at a time, all in one thread.
     :param rate_per_s: None: a closed loop, each connection begins its next transaction when one has
         ended.  Else transactions are due at distances drawn from an exponential distribution.

@@ -470,6 +470,48 @@ static void prepare(struct connection *c)
     }
 }
 
+static void add_watch(int fd, uint32_t which)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.u32 = which};
+
+    /* stdin may be a file or /dev/null, which does not end. */
+    if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) && fd != STDIN_FILENO) {
+        fail("epoll: %s", strerror(errno));
+    }
+}
+
+/*
+ * Connect one more and send its PING.  One after the other, each when the one before has its answer:
+ * QEMU's user network listens on a forwarded port for one connection at a time, and the kernel lets
+ * those that come meanwhile hang for seconds or for ever.
+ */
+static void connect_next(void)
+{
+    static char ping[] = "*1\r\n$4\r\nPING\r\n";
+    struct sockaddr_in address = {
+        .sin_family = AF_INET,
+        .sin_port = htons((uint16_t)options.port),
+        .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+    };
+    struct connection *c = &connections[n_ready];
+    const int one = 1;
+
+    begin(c, OP_PING);
+    c->number = options.sequence ? options.sequence - 1 : 0;
+    memcpy(c->head, ping, sizeof(ping) - 1);
+    c->head_bytes = sizeof(ping) - 1;
+    c->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (c->fd < 0) {
+        fail("socket: %s", strerror(errno));
+    }
+    setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+    if (connect(c->fd, (struct sockaddr *)&address, sizeof(address)) && errno != EINPROGRESS) {
+        lost(c, errno);
+    }
+    add_watch(c->fd, (uint32_t)n_ready);
+    flush_request(c);
+}
+
 static void replied(struct connection *c, bool ok)
 {
     c->is_busy = false;
@@ -485,6 +527,8 @@ static void replied(struct connection *c, bool ok)
             if (!options.fill) {
                 start();
             }
+        } else {
+            connect_next();
         }
     } else if (c->operation == OP_FILL) {
         if (!ok) {
@@ -737,46 +781,6 @@ static void map_records(void)
     header->magic = MAGIC;
 }
 
-static void add_watch(int fd, uint32_t which)
-{
-    struct epoll_event event = {.events = EPOLLIN, .data.u32 = which};
-
-    /* stdin may be a file or /dev/null, which does not end. */
-    if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) && fd != STDIN_FILENO) {
-        fail("epoll: %s", strerror(errno));
-    }
-}
-
-static void connect_all(void)
-{
-    static char ping[] = "*1\r\n$4\r\nPING\r\n";
-    struct sockaddr_in address = {
-        .sin_family = AF_INET,
-        .sin_port = htons((uint16_t)options.port),
-        .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
-    };
-
-    for (uint32_t i = 0; i < options.clients; i++) {
-        struct connection *c = &connections[i];
-        const int one = 1;
-
-        begin(c, OP_PING);
-        c->number = options.sequence ? options.sequence - 1 : 0;
-        memcpy(c->head, ping, sizeof(ping) - 1);
-        c->head_bytes = sizeof(ping) - 1;
-        c->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-        if (c->fd < 0) {
-            fail("socket: %s", strerror(errno));
-        }
-        setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
-        if (connect(c->fd, (struct sockaddr *)&address, sizeof(address)) && errno != EINPROGRESS) {
-            lost(c, errno);
-        }
-        add_watch(c->fd, i);
-        flush_request(c);
-    }
-}
-
 int main(int argc, char **argv)
 {
     struct epoll_event events[EVENTS];
@@ -820,7 +824,7 @@ int main(int argc, char **argv)
     add_watch(signalfd(-1, &stop, SFD_CLOEXEC), signals);
     add_watch(STDIN_FILENO, input);
     set_timer(end_timer_fd, now_ns() + (int64_t)(options.ready_s * 1e9));
-    connect_all();
+    connect_next();
 
     for (;;) {
         int n = epoll_wait(epoll_fd, events, EVENTS, -1);

@@ -221,7 +221,7 @@ def tables(draw: st.DrawFn) -> pd.DataFrame:
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(table=tables())
 def test_a_table_on_disk_is_the_same_to_the_nanosecond(
     table: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from lab.loads.pgbench import clocks_apart, find_pgbench, initialise, parse_log,
 from lab.loads.table import COLUMNS
 from tests.unit.loads.conftest import Server, free_port
 
+ROLE: Any = {"user": "postgres", "database": "postgres"}
 APART_NS = 1_700_000_000 * 10**9
 
 
@@ -69,8 +71,22 @@ def test_without_pgbench_one_is_told_what_to_install(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(pgbench, "_DEBIAN", tmp_path)
-    with pytest.raises(HostError, match="install postgresql-contrib"):
+    with pytest.raises(HostError, match="install the package postgresql"):
         find_pgbench()
+    # Debian's script, which is there without the program, too.
+    (tmp_path / "pg_wrapper").touch(mode=0o755)
+    (tmp_path / "pgbench").symlink_to("pg_wrapper")
+    with pytest.raises(HostError, match="install the package postgresql"):
+        find_pgbench()
+
+
+def test_one_on_the_path_is_taken_where_debian_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(pgbench, "_DEBIAN", tmp_path)
+    (tmp_path / "pgbench").touch(mode=0o755)
+    assert find_pgbench() == tmp_path / "pgbench"
 
 
 def test_the_newest_version_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +109,7 @@ def has_pgbench() -> None:
 @pytest.fixture
 async def tables(postgres: Server, has_pgbench: None) -> Server:
     """A server with pgbench's tables."""
-    await initialise(1, port=postgres.port)
+    await initialise(1, port=postgres.port, **ROLE)
     return postgres
 
 
@@ -102,7 +118,7 @@ async def test_every_transaction_of_the_log_is_in_the_table_within_the_time_of_t
     tables: Server, rate: float | None
 ) -> None:
     before = time.monotonic_ns()
-    async with pgbench_load(port=tables.port, clients=3, rate_per_s=rate) as load:
+    async with pgbench_load(port=tables.port, **ROLE, clients=3, rate_per_s=rate) as load:
         await load.wait_requests(100, 60)
         running = load.df()
     after = time.monotonic_ns()
@@ -121,7 +137,7 @@ async def test_every_transaction_of_the_log_is_in_the_table_within_the_time_of_t
 async def test_with_a_rate_what_was_due_while_the_server_stood_still_has_waited(
     tables: Server,
 ) -> None:
-    async with pgbench_load(port=tables.port, clients=2, rate_per_s=300) as load:
+    async with pgbench_load(port=tables.port, **ROLE, clients=2, rate_per_s=300) as load:
         await load.wait_requests(50, 60)
         with stopped_backends(tables):
             first = time.monotonic_ns()
@@ -165,13 +181,13 @@ async def test_nothing_that_listens_is_one_clear_line(has_pgbench: None) -> None
 
 async def test_missing_tables_are_one_clear_line(postgres: Server, has_pgbench: None) -> None:
     with pytest.raises(GuestError, match="pgbench_branches"):
-        async with pgbench_load(port=postgres.port, database="template1"):
+        async with pgbench_load(port=postgres.port, user="postgres", database="template1"):
             pass
 
 
 async def test_a_pgbench_that_goes_away_is_a_problem(tables: Server) -> None:
     async def load_that_dies() -> None:
-        async with pgbench_load(port=tables.port, clients=2) as load:
+        async with pgbench_load(port=tables.port, **ROLE, clients=2) as load:
             os.kill(load.pid, signal.SIGKILL)
             await load.wait_requests(10**9, 60)
 

@@ -3,7 +3,8 @@ whatever pieces."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -31,6 +32,33 @@ async def read_command(reader: asyncio.StreamReader) -> list[bytes]:
     return words
 
 
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
+
+
+@contextlib.asynccontextmanager
+async def server_of(talk: Talk) -> AsyncIterator[int]:
+    """A server on a free port that does `talk` on each connection until that is closed."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task: Any = asyncio.current_task()
+        tasks.add(task)
+        try:
+            with contextlib.suppress(EOFError, ConnectionError):
+                await talk(reader, writer)
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    server = await asyncio.start_server(hold, "127.0.0.1", 0)
+    async with server:
+        port: int = server.sockets[0].getsockname()[1]
+        yield port
+    # The load has closed all connections by now.
+    await asyncio.gather(*tasks)
+
+
 @contextlib.asynccontextmanager
 async def scripted_server(answer: Answer, pieces: tuple[int, ...] = ()) -> AsyncIterator[int]:
     """A server of which `answer` says the bytes, for each command and how many the connection had
@@ -41,24 +69,18 @@ async def scripted_server(answer: Answer, pieces: tuple[int, ...] = ()) -> Async
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         commands = 0
-        try:
-            with contextlib.suppress(EOFError, ConnectionError):
-                while (said := answer(await read_command(reader), commands)) is not None:
-                    commands += 1
-                    for size in pieces:
-                        writer.write(said[:size])
-                        await writer.drain()
-                        # Let the other side read it before the next piece comes.
-                        await asyncio.sleep(0.0005)
-                        said = said[size:]
-                    writer.write(said)
-                    await writer.drain()
-        finally:
-            writer.close()
+        while (said := answer(await read_command(reader), commands)) is not None:
+            commands += 1
+            for size in pieces:
+                writer.write(said[:size])
+                await writer.drain()
+                # Let the other side read it before the next piece comes.
+                await asyncio.sleep(0.0005)
+                said = said[size:]
+            writer.write(said)
+            await writer.drain()
 
-    server = await asyncio.start_server(talk, "127.0.0.1", 0)
-    async with server:
-        port: int = server.sockets[0].getsockname()[1]
+    async with server_of(talk) as port:
         yield port
 
 
@@ -199,3 +221,21 @@ async def test_a_server_that_does_not_answer_is_waited_for_within_a_bound() -> N
         with pytest.raises(GuestError, match=r"0 of 3 connections answered a PING within 0\.2 s"):
             async with redis_load(port=port, clients=3, ready_s=0.2):
                 pass
+
+
+async def test_connections_are_made_one_after_the_other() -> None:
+    # QEMU's user network takes one at a time, and leaves others hanging.
+    waiting: list[int] = []
+    answered = 0
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal answered
+        waiting.append(len(waiting) - answered)
+        while await read_command(reader):
+            await asyncio.sleep(0.002)
+            answered += answered < 20
+            writer.write(b"+OK\r\n")
+
+    async with server_of(talk) as port, redis_load(port=port, clients=20) as load:
+        await load.wait_requests(20, 60)
+    assert waiting == [0] * 20
