@@ -31,9 +31,11 @@ def running_server(
     folder: Path,
     user: str | None = None,
     end: signal.Signals = signal.SIGTERM,
+    ready: str = "",
 ) -> Iterator[int]:
     """Run a server until the context is left, and give its process id once `port` answers.
 
+    :param ready: what is in its log when it lets anybody in.
     :param end: the signal at which it ends and does not wait for its clients.
     """
     with (folder / "server.log").open("w") as log:
@@ -48,6 +50,10 @@ def running_server(
         )
     try:
         deadline = time.monotonic() + START_S
+        while ready not in (folder / "server.log").read_text():
+            assert process.poll() is None, (folder / "server.log").read_text()
+            assert time.monotonic() < deadline, (folder / "server.log").read_text()
+            time.sleep(0.02)
         while True:
             with contextlib.suppress(ConnectionRefusedError), socket.socket() as sock:
                 sock.connect(("127.0.0.1", port))
@@ -176,5 +182,6 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         }
         command = [str(programs / "postgres"), "-D", str(data), "-p", str(port)]
         command += [part for key, value in options.items() for part in ("-c", f"{key}={value}")]
-        with running_server(command, port, folder, user, signal.SIGINT) as pid:
+        ready = "ready to accept connections"
+        with running_server(command, port, folder, user, signal.SIGINT, ready) as pid:
             yield Server(port, pid)
