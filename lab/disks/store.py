@@ -34,8 +34,9 @@ moved with `mv` before the next one took its name.  Therefore:
 - `Store.keep_for` with the new path makes a moved or copied snapshot known again.  Whoever uses one
   does that (`lab.disks.frozen.remember`), so a snapshot that was restored where it is now keeps its
   layers.
-- `Store.let_go` is for a snapshot that the lab itself has replaced with another of its name: that is
-  gone for certain.  A copy of it that was never used where it lies is not known, and loses them.
+- `Store.let_go` is for a snapshot that the lab itself has replaced with another of its name: that
+  one is gone for certain.  A copy of it that was never used where it lies is not known, and loses
+  them.
 
 What this is no protection against: a host that loses power within half a minute may lose what was
 written last, a reference as well as the snapshot (`lab/snapshot/README.md`).  Nothing is flushed,
