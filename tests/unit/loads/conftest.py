@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -74,21 +75,36 @@ def running_server(
             process.wait()
 
 
-class Server:
+def wait_state(pid: int, wanted: str) -> None:
+    """Wait until a process is in a state, as procfs names it: T stopped, S waiting for something.
+
+    :raise AssertionError: it never was.
+    """
+    deadline = time.monotonic() + START_S
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != wanted:
+        assert time.monotonic() < deadline, f"process {pid} is not in state {wanted}"
+        time.sleep(0.001)
+
+
+@contextlib.contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """Have the kernel run nothing of these processes meanwhile."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        for pid in pids:
+            wait_state(pid, "T")
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+class Server(NamedTuple):
     """A server that runs: its port and its process id."""
 
-    def __init__(self, port: int, pid: int) -> None:
-        self.port = port
-        self.pid = pid
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Have the kernel run nothing of it meanwhile."""
-        os.kill(self.pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(self.pid, signal.SIGCONT)
+    port: int
+    pid: int
 
 
 def _redis_command(folder: Path) -> list[str]:

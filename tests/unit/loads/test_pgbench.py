@@ -13,7 +13,7 @@ from lab.errors import GuestError, HostError, LabError, UsageError
 from lab.loads import pgbench
 from lab.loads.pgbench import clocks_apart, find_pgbench, initialise, parse_log, pgbench_load
 from lab.loads.table import COLUMNS
-from tests.unit.loads.conftest import Server, free_port
+from tests.unit.loads.conftest import Server, free_port, stopped
 
 ROLE: Any = {"user": "postgres", "database": "postgres"}
 APART_NS = 1_700_000_000 * 10**9
@@ -139,7 +139,7 @@ async def test_with_a_rate_what_was_due_while_the_server_stood_still_has_waited(
 ) -> None:
     async with pgbench_load(port=tables.port, **ROLE, clients=2, rate_per_s=300) as load:
         await load.wait_requests(50, 60)
-        with stopped_backends(tables):
+        with stopped(*processes_of(tables)):
             first = time.monotonic_ns()
             await asyncio.sleep(0.3)
             last = time.monotonic_ns()
@@ -154,20 +154,9 @@ async def test_with_a_rate_what_was_due_while_the_server_stood_still_has_waited(
     assert meanwhile["due_ns"].max() - meanwhile["due_ns"].min() > (last - first) // 2
 
 
-class stopped_backends:  # noqa: N801
-    """Have the kernel run none of a PostgreSQL's processes meanwhile."""
-
-    def __init__(self, server: Server) -> None:
-        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text()
-        self._pids = [server.pid, *map(int, children.split())]
-
-    def __enter__(self) -> None:
-        for pid in self._pids:
-            os.kill(pid, signal.SIGSTOP)
-
-    def __exit__(self, *_: object) -> None:
-        for pid in self._pids:
-            os.kill(pid, signal.SIGCONT)
+def processes_of(server: Server) -> list[int]:
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text()
+    return [server.pid, *map(int, children.split())]
 
 
 async def test_nothing_that_listens_is_one_clear_line(has_pgbench: None) -> None:
