@@ -53,16 +53,16 @@ async def started(
 ) -> AsyncIterator[Foreign]:
     """Start a QEMU as a user would, whose line makes a QMP socket at `monitor`."""
     async with _process(command, folder=monitor.parent, pass_fds=pass_fds) as process:
-        link = socket.socket(socket.AF_UNIX)
-        async with asyncio.timeout(BOUND_S):
-            while True:
-                assert process.returncode is None, "QEMU did not start"
-                with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                    link.connect(str(monitor))
-                    break
-                await asyncio.sleep(0.02)
-        async with connected(link) as qmp:
-            yield Foreign(process.pid, qmp)
+        with socket.socket(socket.AF_UNIX) as link:
+            async with asyncio.timeout(BOUND_S):
+                while True:
+                    assert process.returncode is None, "QEMU did not start"
+                    with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                        link.connect(str(monitor))
+                        break
+                    await asyncio.sleep(0.02)
+            async with connected(link) as qmp:
+                yield Foreign(process.pid, qmp)
 
 
 @contextlib.asynccontextmanager
@@ -87,8 +87,9 @@ async def _process(
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGTERM)
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)
         await process.wait()
 
 
