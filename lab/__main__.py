@@ -36,6 +36,7 @@ COMMANDS = (
     "report",
     "reproduce",
     "soak",
+    "stamps",
 )
 
 EXIT_FAILED = 1

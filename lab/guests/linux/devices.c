@@ -30,7 +30,6 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
@@ -40,8 +39,7 @@
 #endif
 
 enum {
-    /* How long a driver may take to find its device; under TCG a disk takes a second. */
-    APPEAR_S = 60,
+    APPEAR_S = 60, /* how long a driver may take to find the network card */
 
     DISK_THREADS = 4,
     DISK_BUFFER_PAGES = 1024,
@@ -57,11 +55,6 @@ enum {
 };
 
 static const uint64_t DISK_MAGIC = UINT64_C(0x4b5349444c42414c); /* "LABDISK" */
-
-static void nap_ms(long ms)
-{
-    nanosleep(&(struct timespec){.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000}, NULL);
-}
 
 static void count(unsigned word, uint64_t n)
 {
@@ -89,39 +82,6 @@ static void start(void *(*body)(void *), void *argument)
 }
 
 /* ------------------------------------------------------------------- drivers */
-
-static void load_module(const char *name)
-{
-    char path[96];
-    int fd;
-
-    snprintf(path, sizeof(path), "/modules/%s.ko", name);
-    fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST)) {
-        fail("what=module name=%s errno=%d", name, errno);
-    }
-    close(fd);
-}
-
-/* Load what a list in the initramfs names, in its order.  No list: the drivers are in the kernel. */
-static void load_list(const char *list)
-{
-    char path[96], names[1024], *rest = NULL;
-    ssize_t length;
-    int fd;
-
-    snprintf(path, sizeof(path), "/modules/%s.list", list);
-    fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) {
-        return;
-    }
-    length = read(fd, names, sizeof(names) - 1);
-    close(fd);
-    names[length > 0 ? length : 0] = 0;
-    for (char *name = strtok_r(names, "\n", &rest); name; name = strtok_r(NULL, "\n", &rest)) {
-        load_module(name);
-    }
-}
 
 void load_drivers(const struct devices *devices)
 {
@@ -227,27 +187,10 @@ static void *disk_main(void *argument)
     return NULL;
 }
 
-static int open_disk(const char *path)
-{
-    uint64_t end = now_ns() + APPEAR_S * UINT64_C(1000000000);
-
-    for (;;) {
-        int fd = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
-
-        if (fd >= 0) {
-            return fd;
-        }
-        if (now_ns() > end) {
-            fail("what=device name=disk problem=open errno=%d", errno);
-        }
-        nap_ms(10);
-    }
-}
-
 static void start_disk(enum disk kind, uint64_t seed)
 {
     static struct disk_user users[DISK_THREADS];
-    int fd = open_disk(kind == DISK_VIRTIO ? "/dev/vda" : "/dev/sda");
+    int fd = open_disk(kind == DISK_VIRTIO ? "/dev/vda" : "/dev/sda", O_DIRECT);
     uint64_t bytes = 0;
 
     if (ioctl(fd, BLKGETSIZE64, &bytes)) {

@@ -24,7 +24,7 @@ class BuiltLinux(BuiltGuest):
 
     :param kernel_version: what the guest's `uname -r` says.
     :param kernel: the bzImage.
-    :param initramfs: an uncompressed newc archive whose /init is made of workload.c and devices.c.
+    :param initramfs: an uncompressed newc archive whose /init is made of `initramfs.WORKLOAD`.
     """
 
     kernel: Path

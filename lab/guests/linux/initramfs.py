@@ -1,11 +1,12 @@
-"""Compile the Linux guest's only program, and pack it for QEMU's `-initrd`.
+"""Compile a Linux guest's only program, and pack it for QEMU's `-initrd`.
 
-What is in the cache: ``guest/initramfs-<key>.cpio``, where the key is a hash of everything that the
+What is in the cache: ``guest/<program>-<key>.cpio``, where the key is a hash of everything that the
 bytes depend on, this file among them.  It appears complete or not at all.
 """
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from lab.errors import BuildError
@@ -18,12 +19,32 @@ from lab.scenario.guests import GUEST_LIMITS
 
 _LIMITS = GUEST_LIMITS["linux"]
 _FOLDER = Path(__file__).parent
-_SOURCES = [_FOLDER / name for name in ("workload.c", "devices.c")]
-_HEADERS = [_FOLDER / "workload.h", *common.HEADERS]
+_HEADERS = [_FOLDER / "basics.h", _FOLDER / "workload.h", *common.HEADERS]
 _CFLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-static", "-pthread", "-s")
 #: musl gives a program a tenth of the size, and no code that wants a newer CPU than QEMU's.
 _COMPILERS = ("musl-gcc", "gcc", "cc")
 _COMPILER_REMEDY = "install musl-tools, or gcc and libc6-dev"
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is all of a guest besides its kernel.
+
+    :param name: what its archives' names begin with.
+    :param sources: its own; `basics.c` and the headers are every program's.
+    """
+
+    name: str
+    sources: tuple[Path, ...]
+
+    @property
+    def all_sources(self) -> tuple[Path, ...]:
+        """Everything that is compiled."""
+        return (*self.sources, _FOLDER / "basics.c")
+
+
+WORKLOAD = Program("initramfs", (_FOLDER / "workload.c", _FOLDER / "devices.c"))
+"""The Linux guest's."""
 
 
 def initramfs_archive(init: bytes, drivers: Mapping[str, bytes] | None = None) -> bytes:
@@ -50,7 +71,7 @@ def initramfs_archive(init: bytes, drivers: Mapping[str, bytes] | None = None) -
     return newc.write_archive(entries)
 
 
-def archive_path(drivers: Mapping[str, bytes]) -> Path:
+def archive_path(drivers: Mapping[str, bytes], program: Program = WORKLOAD) -> Path:
     """Return where the archive is kept that today's sources, compiler and drivers give.
 
     :raise HostError: no compiler.
@@ -59,16 +80,18 @@ def archive_path(drivers: Mapping[str, bytes]) -> Path:
     key = content_key(
         Path(_compiler()).name.encode(),
         " ".join(_CFLAGS).encode(),
-        *(path.read_bytes() for path in (*_SOURCES, *_HEADERS)),
+        *(path.read_bytes() for path in (*program.all_sources, *_HEADERS)),
         kinds_header(_LIMITS).encode(),
         *code,
         *(part for name in sorted(drivers) for part in (name.encode(), drivers[name])),
     )
-    return common.cache_folder() / f"initramfs-{key}.cpio"
+    return common.cache_folder() / f"{program.name}-{key}.cpio"
 
 
-async def build_archive(drivers: Mapping[str, bytes], target: Path) -> None:
-    """Compile the program, and pack it with the drivers.
+async def build_archive(
+    drivers: Mapping[str, bytes], target: Path, program: Program = WORKLOAD
+) -> None:
+    """Compile a program, and pack it with the drivers.
 
     :raise HostError: no compiler.
     :raise BuildError: it does not compile.
@@ -76,8 +99,9 @@ async def build_archive(drivers: Mapping[str, bytes], target: Path) -> None:
     compiler = _compiler()
     with tempfile.TemporaryDirectory(prefix=".initramfs-", dir=target.parent) as temporary:
         work = Path(temporary)
-        includes = include_options(work, _LIMITS)
-        command = [compiler, *_CFLAGS, *includes, "-o", "init", *map(str, _SOURCES)]
+        includes = (*include_options(work, _LIMITS), f"-I{_FOLDER}")
+        sources = map(str, program.all_sources)
+        command = [compiler, *_CFLAGS, *includes, "-o", "init", *sources]
         try:
             await run_tool(command, log=common.build_log(), cwd=work)
         except BuildError as error:

@@ -1,5 +1,6 @@
 /*
- * workload: the main part of the guest's only program; devices.c has the load on devices.
+ * workload: the main part of the guest's only program; devices.c has the load on devices, and
+ * basics.c what is no business of the workload.
  *
  * It runs as PID 1, fills a working set with pages that describe themselves, and
  * then dirties them as fast as it can while checking every page it touches.  The
@@ -18,7 +19,6 @@
 #include "writers.h"
 
 #include <errno.h>
-#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -143,25 +143,14 @@ int main(int argc, char **argv)
 #else
 /* ----------------------------------------------------------------------- guest */
 
-#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mount.h>
-#include <sys/random.h>
-#include <sys/reboot.h>
 #include <sys/sysinfo.h>
 #include <sys/utsname.h>
-#include <termios.h>
 #include <time.h>
 #include <unistd.h>
-
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23
-#endif
-#ifndef GRND_INSECURE
-#define GRND_INSECURE 4
-#endif
 
 #define COUNT(array) (sizeof(array) / sizeof(*(array)))
 
@@ -200,143 +189,12 @@ static pthread_mutex_t pause_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t pause_changed = PTHREAD_COND_INITIALIZER;
 static uint64_t writers_paused;
 
-void record(const char *format, ...)
-{
-    char line[512];
-    va_list args;
-    int length;
-
-    va_start(args, format);
-    length = vsnprintf(line, sizeof(line) - 1, format, args);
-    va_end(args);
-    if (length < 0) {
-        return;
-    }
-    if ((size_t)length > sizeof(line) - 2) {
-        length = sizeof(line) - 2;
-    }
-    line[length++] = '\n';
-    for (char *from = line; length > 0;) {
-        ssize_t written = write(STDOUT_FILENO, from, (size_t)length);
-
-        if (written < 0) {
-            if (errno == EINTR || errno == EAGAIN) {
-                continue;
-            }
-            return; /* no console: the host sees that nothing came */
-        }
-        from += written;
-        length -= (int)written;
-    }
-}
-
-static _Noreturn void power_off(void)
-{
-    tcdrain(STDOUT_FILENO); /* the serial port is slower than the power switch */
-    sync();
-    reboot(RB_POWER_OFF);
-    reboot(RB_AUTOBOOT); /* no ACPI: with -no-reboot this ends QEMU as well */
-    for (;;) {
-        pause();
-    }
-}
-
-void fail(const char *format, ...)
-{
-    char text[400];
-    va_list args;
-
-    va_start(args, format);
-    vsnprintf(text, sizeof(text), format, args);
-    va_end(args);
-    record("LAB1 error %s", text);
-    power_off();
-}
-
-uint64_t now_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-/* A number nobody chose.  There may be no entropy this early, and blocking for it would
- * cost a second, so the time stamp counter and the clock are mixed in. */
-static uint64_t make_nonce(void)
-{
-    uint64_t nonce = 0;
-    struct timespec now;
-
-    if (getrandom(&nonce, sizeof(nonce), GRND_INSECURE) != (ssize_t)sizeof(nonce)) {
-        nonce = 0;
-    }
-    clock_gettime(CLOCK_REALTIME, &now);
-    nonce ^= mix64((uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec);
-    nonce = mix64(nonce ^ __builtin_ia32_rdtsc());
-    return nonce ? nonce : 1;
-}
-
-/* Guest physical address of a resident page of ours. */
-static uint64_t physical_address(volatile void *address)
-{
-    uint64_t entry = 0;
-    int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    off_t offset = (off_t)((uintptr_t)address / PAGE_BYTES * sizeof(entry));
-
-    if (fd < 0 || pread(fd, &entry, sizeof(entry), offset) != (ssize_t)sizeof(entry)) {
-        fail("what=pagemap errno=%d", errno);
-    }
-    close(fd);
-    entry &= (UINT64_C(1) << 55) - 1; /* the page frame number */
-    if (!entry) {
-        fail("what=pagemap errno=0");
-    }
-    return entry * PAGE_BYTES;
-}
-
 /* ---------------------------------------------------------------- parameters */
 
-/* Make a value from the command line safe to put into a record. */
-static const char *printable(const char *value)
+static void parse_parameter(void *to, const char *name, const char *value)
 {
-    static char copy[64];
-    size_t n = 0;
+    struct parameters *p = to;
 
-    for (; *value && n < sizeof(copy) - 1; value++) {
-        copy[n++] = *value > ' ' && *value < 127 && *value != '=' ? *value : '?';
-    }
-    copy[n] = 0;
-    return n ? copy : "?";
-}
-
-static uint64_t number(const char *name, const char *value, uint64_t least, uint64_t most)
-{
-    char *end;
-    uint64_t result;
-
-    errno = 0;
-    result = strtoull(value, &end, 10);
-    if (*value < '0' || *value > '9' || *end || errno || result < least || result > most) {
-        fail("what=parameter name=%s value=%s", name, printable(value));
-    }
-    return result;
-}
-
-/* The position of a value in a list of names. */
-static unsigned choice(const char *name, const char *value, const char *const *names,
-                       unsigned count)
-{
-    for (unsigned i = 0; i < count; i++) {
-        if (!strcmp(value, names[i])) {
-            return i;
-        }
-    }
-    fail("what=parameter name=%s value=%s", name, printable(value));
-}
-
-static void parse_parameter(struct parameters *p, const char *name, const char *value)
-{
     if (!strcmp(name, "lab.workload")) {
         p->kind = (enum kind)choice(name, value, kind_names, COUNT(kind_names));
     } else if (!strcmp(name, "lab.wss_mib")) {
@@ -368,60 +226,12 @@ static void parse_parameter(struct parameters *p, const char *name, const char *
 static struct parameters read_parameters(void)
 {
     struct parameters p = {.kind = KIND_IDLE, .wss_mib = 0, .threads = 1, .seed = 1};
-    char line[4096];
-    char *rest = NULL;
-    int fd = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
-    ssize_t length = fd < 0 ? -1 : read(fd, line, sizeof(line) - 1);
 
-    if (length < 0) {
-        fail("what=cmdline errno=%d", errno);
-    }
-    close(fd);
-    line[length] = 0;
-    for (char *word = strtok_r(line, " \n", &rest); word; word = strtok_r(NULL, " \n", &rest)) {
-        char *value = strchr(word, '=');
-
-        if (strncmp(word, "lab.", 4)) {
-            continue; /* the kernel's */
-        }
-        if (!value) {
-            fail("what=parameter name=%s value=?", printable(word));
-        }
-        *value++ = 0;
-        parse_parameter(&p, word, value);
-    }
+    each_parameter("lab.", parse_parameter, &p);
     return p;
 }
 
 /* -------------------------------------------------------------------- memory */
-
-void *allocate(uint64_t bytes)
-{
-    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-    if (memory == MAP_FAILED) {
-        fail("what=memory need_mib=%llu errno=%d", (unsigned long long)(bytes >> 20), errno);
-    }
-    madvise(memory, bytes, MADV_NOHUGEPAGE); /* fails harmlessly in a kernel without THP */
-    if (madvise(memory, bytes, MADV_POPULATE_WRITE)) {
-        /* Older than Linux 5.14: touch the pages one by one. */
-        for (uint64_t at = 0; at < bytes; at += PAGE_BYTES) {
-            ((volatile char *)memory)[at] = 0;
-        }
-    }
-    return memory;
-}
-
-/* The same, and it stays where it is: the host knows the physical address. */
-static void *allocate_locked(uint64_t bytes)
-{
-    void *memory = allocate(bytes);
-
-    if (mlock(memory, bytes)) {
-        fail("what=mlock errno=%d", errno);
-    }
-    return memory;
-}
 
 static void check_memory(uint64_t need_mib)
 {
@@ -714,16 +524,6 @@ static _Noreturn void serve(const struct parameters *p, uint64_t running)
         } else if (used < sizeof(line) - 1) {
             line[used++] = byte;
         }
-    }
-}
-
-static void set_up_console(void)
-{
-    struct termios settings;
-
-    if (!tcgetattr(STDIN_FILENO, &settings)) {
-        settings.c_lflag &= ~(tcflag_t)(ECHO | ICANON | ISIG); /* only records come out */
-        tcsetattr(STDIN_FILENO, TCSANOW, &settings);
     }
 }
 

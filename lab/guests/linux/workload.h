@@ -6,6 +6,7 @@
 #ifndef LAB_WORKLOAD_H
 #define LAB_WORKLOAD_H
 
+#include "basics.h"
 #include "layout.h"
 #include "mix.h"
 
@@ -23,14 +24,6 @@ struct devices {
 };
 
 extern volatile uint64_t *progress;
-
-/* Print one record, in one write(), so that no other line can get into it. */
-void record(const char *format, ...) __attribute__((format(printf, 1, 2)));
-/* Print an error record and switch off. */
-void fail(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
-uint64_t now_ns(void);
-/* Zero-filled, resident memory in pages of 4 KiB, so that one write dirties one page. */
-void *allocate(uint64_t bytes);
 
 /* Load the drivers; the devices appear some time after. */
 void load_drivers(const struct devices *devices);

@@ -1,0 +1,1 @@
+"""Whether a snapshot's memory and disks are of one instant, shown by a guest that stamps both."""
