@@ -1,6 +1,8 @@
 """The command line of a QEMU that somebody else started restores its snapshot, beside it."""
 
 import json
+import re
+import shutil
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -177,7 +179,8 @@ async def make_disks(folder: Path, img: Path) -> None:
 
 
 async def device_tree(qmp: Qmp) -> str:
-    return await qmp.hmp("info qtree")
+    # What nobody gave a name has one with a number that was drawn.
+    return re.sub(r"#\w+", "#", await qmp.hmp("info qtree"))
 
 
 async def freeze_disk(first: Foreign, layout: Layout, overlay: Path) -> None:
@@ -266,3 +269,89 @@ async def writes_on(qmp: Qmp) -> bool:
 async def _writes(qmp: Qmp) -> int:
     stats = await qmp.execute("query-blockstats")
     return sum(int(each["stats"]["wr_operations"]) for each in stats)
+
+
+CHANNELS: Mapping[str, tuple[str, ...]] = {
+    "terminal": ("-nographic",),
+    "terminal-nodefaults": ("-nodefaults", "-nographic", "-serial", "mon:stdio", "-s"),
+    "sockets": (
+        *("-vnc", "127.0.0.1:0,to=99,share=force-shared"),
+        *("-monitor", "telnet:127.0.0.1:0,server,nowait"),
+        *("-serial", "tcp:127.0.0.1:0,server=on,wait=off"),
+        *("-gdb", "tcp:127.0.0.1:0"),
+        *("-device", "virtio-serial", "-chardev", "pty,id=agent,logfile=agent.log"),
+        *("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"),
+    ),
+    "files": (
+        *("-serial", "file:serial.log", "-D", "qemu.log", "-trace", "enable=vm_state_notify"),
+        *("-chardev", "file,id=out,path=out.log", "-device", "isa-debugcon,chardev=out"),
+        *(
+            "-chardev",
+            "ringbuf,id=ring",
+            "-chardev",
+            "vc,id=vc",
+            "-device",
+            "isa-serial,chardev=vc",
+        ),
+    ),
+    "devices": (
+        *("-nic", "user,model=virtio-net-pci,hostfwd=tcp:127.0.0.1:0-:22"),
+        *("-object", "memory-backend-ram,id=ram,size=32M", "-machine", "memory-backend=ram"),
+        *("-cdrom", "disk.iso", "-usb", "-rtc", "base=localtime", "-name", "mine,process=qemu"),
+        *("-device", "virtio-balloon", "-pidfile", "pid"),
+    ),
+    "old": ("-parallel", "pty", "-fda", "floppy.img"),
+}
+"""What a line may have beside disks."""
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+async def test_what_the_first_has_on_its_host_is_not_taken(
+    name: str, qemu: Path, img: Path, folder: Path
+) -> None:
+    """Its ports, sockets, terminal and logs; and the machine is the same."""
+    if name == "old" and str(qemu) != shutil.which(qemu.name):
+        pytest.skip("the lab builds no such devices")
+    for image in ("disk.iso", "floppy.img"):
+        (folder / image).write_bytes(bytes(1440 << 10))
+    arguments = CHANNELS[name]
+    monitor = ("-qmp", "unix:qmp,server=on,wait=off")
+    display = () if {"-vnc", "-nographic"} & set(arguments) else ("-display", "none")
+    command: list[str | Path] = [qemu, "-accel", "tcg", "-m", "32", *display, *arguments, *monitor]
+    async with started(command, folder / "qmp") as first:
+        line = read_command_line(first.pid)
+        peer = await describe(first.qmp, first.pid)
+        await first.qmp.execute("stop")
+        before = await device_tree(first.qmp)
+        await foreign.save(first.qmp, folder / "image")
+        await first.qmp.execute("cont")
+        logs = {path: path.read_bytes() for path in folder.glob("*.log")}
+        overlays = {}
+        for disk in disks(line):
+            if not disk.read_only and disk.path:
+                overlays[disk.path] = folder / "layer.qcow2"
+                await qemu_img(img, "create", "-f", "qcow2", folder / "layer.qcow2", "1440k")
+        own, child = socket.socketpair()
+        with own, child:
+            rewritten = for_restore(
+                line,
+                disks=overlays,
+                machine_type=peer.machine_type,
+                folder=folder / "r",
+                qmp=child.fileno(),
+                forward=None,
+                name="lab-restored",
+            )
+            (folder / "r").mkdir()
+            async with foreign.restoring(rewritten, child, own) as second:
+                await foreign.load(second.qmp, folder / "image")
+                assert await device_tree(second.qmp) == before
+                await second.qmp.execute("cont")
+                assert await status(second.qmp) == "running"
+                for what, path in rewritten.channels.items():
+                    assert path.is_socket() or path.is_file(), what
+                assert set((folder / "r").iterdir()) == set(rewritten.channels.values())
+                await second.qmp.execute("quit")
+        assert await status(first.qmp) == "running"
+        for path, content in logs.items():
+            assert path.read_bytes().startswith(content)
