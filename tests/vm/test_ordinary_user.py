@@ -53,7 +53,9 @@ class User:
         for name in ("checkout", "python", "packages", "dev", "home"):
             (folder / name).mkdir(mode=0o755, parents=True)
         # What the user would have built.
-        qemu = shutil.copy2(find_qemu("patched").path, folder / "qemu")
+        built = find_qemu("patched")
+        qemu = shutil.copy2(built.path, folder / "qemu")
+        shutil.copy2(built.qemu_img, folder / "qemu-img")
         shutil.copytree(cache_dir() / "guest", self.home / "cache" / "guest", symlinks=True)
         for path in (self.home, *self.home.rglob("*")):
             os.chown(path, USER, USER, follow_symlinks=False)
@@ -151,3 +153,11 @@ async def test_a_user_who_may_not_rebuild_huge_pages_is_told_before_anything_is_
     )
     assert status == 2
     assert "CAP_SYS_NICE" in err.splitlines()[-1]
+
+
+async def test_a_user_gets_memory_and_disks_of_one_instant(user: User) -> None:
+    arguments = ("stamps", "--method", "live", "--instants", "2", "--seed", "3", "--json")
+    status, out, err = await user.lab(*arguments)
+    assert status == 0, err
+    assert json.loads(out)["one_instant"] == 2
+    assert not list(user.home.rglob("*.qcow2"))

@@ -13,7 +13,6 @@ from lab import __version__
 from lab.errors import UsageError
 from lab.host.files import write_atomically
 from lab.host.info import HostInfo
-from lab.qemu.build import find_qemu
 from lab.records import Schema, encode
 from lab.scenario.machine import DiskKind
 from lab.scenario.methods import METHODS
@@ -28,10 +27,9 @@ DISKS: tuple[DiskKind, ...] = ("virtio", "virtio", "scsi", "ide")
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Cases that were drawn from one seed, with the host and the QEMUs.
+    """Cases that were drawn from one seed, and the host.
 
-    `instants` and `one_instant` are sums over `cases`; case *n* is drawn from `seed + n`.  `qemu`
-    is the version and build of each variant that was used.
+    `instants` and the like are sums over `cases`; case *n*, from 0, is drawn from `seed + n`.
     """
 
     schema: str
@@ -43,7 +41,6 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     in_flight: int
     landed: int
     host: dict[str, Any]
-    qemu: dict[str, str]
     cases: tuple[Report, ...]
 
 
@@ -143,7 +140,6 @@ def tally(cases: Iterable[Report]) -> list[tuple[str, int, int]]:
 
 
 def _record(seed: int, cases: list[Report]) -> Record:
-    variants = sorted({METHODS[one.case.method].preferred_variant for one in cases})
     return Record(
         schema=str(SCHEMA),
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -154,10 +150,5 @@ def _record(seed: int, cases: list[Report]) -> Record:
         in_flight=sum(one.in_flight for one in cases),
         landed=sum(one.landed for one in cases),
         host=msgspec.to_builtins(HostInfo.collect()),
-        qemu={
-            name: f"{binary.version} ({binary.build_id})"
-            for name in variants
-            for binary in (find_qemu(name),)
-        },
         cases=tuple(cases),
     )

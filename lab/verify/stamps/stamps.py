@@ -79,10 +79,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     instant and went on; `failures` has the others in full.  `in_flight` is at how many instants a
     write was on its way, and `landed` at how many of these it was on the disk.  `rounds` is how
     many rounds the guests of all `boots` had done before their last snapshots.  `case` is what was
-    asked for, and `seed` what the times between snapshots were drawn from.
+    asked for, and `seed` what the times between snapshots were drawn from.  `qemu` is the version
+    and the build that took the snapshots.
     """
 
     case: Case
+    qemu: str
     seed: int
     spoil: Spoil
     instants: int
@@ -189,8 +191,10 @@ async def prove_case(
                         break
                 rounds += rounds_before
     flights = [one for one in done if one.begun != one.known]
+    binary = find_qemu(method_of(case.method).preferred_variant)
     return Report(
         case=case,
+        qemu=f"{binary.version} {binary.variant} ({binary.build_id})",
         seed=seed,
         spoil=spoil,
         instants=len(done),
