@@ -78,12 +78,26 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(HostError, match="removed"):
                 self.call(self.store.new_layer(self.qemu_img, base))
             return multiple()
+        return self.made(base)
+
+    def made(self, base: Layer) -> Layer:
         held = self.call(self.store.new_layer(self.qemu_img, base))
         self.closed.append(held)
         self.below[held.layer.path] = base.path if base != self.disk else None
         self.held[held.layer.path] = 1
         self.named[held.layer.path] = set()
-        return held.layer
+        return held.layer  # type: ignore[no-any-return]
+
+    @rule(target=layers, index=st.integers(0, 99))
+    def guest_goes_on(self, index: int) -> Any:
+        """As at a snapshot: what was written to is frozen, and let go of."""
+        if not self.closed:
+            return multiple()
+        below = self.closed.pop(index % len(self.closed))
+        made = self.made(below.layer)
+        below.release()
+        self.held[below.layer.path] -= 1
+        return made
 
     @rule(layer=layers)
     def hold(self, layer: Layer) -> None:
