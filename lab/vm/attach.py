@@ -7,6 +7,7 @@ as it was before.
 
 import contextlib
 import itertools
+import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -25,7 +26,7 @@ from lab.host.workdir import private_folder
 from lab.qemu.build import QemuBinary
 from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
-from lab.vm.argv import CommandLine, disks, read_command_line
+from lab.vm.argv import CommandLine, device_ids, disks, read_command_line, require_restorable
 from lab.vm.commandline import Launch
 from lab.vm.devices import DeviceFiles
 from lab.vm.disks import Disk, file_of
@@ -33,6 +34,8 @@ from lab.vm.launch import VMT
 from lab.vm.loops import OwnTask
 from lab.vm.peer import Peer, describe, find_process, put_back
 from lab.vm.qmp import Qmp, connected
+
+log = logging.getLogger(__name__)
 
 
 class _Other:
@@ -85,6 +88,7 @@ async def _attached(kind: type[VMT], path: Path) -> AsyncIterator[VMT]:
         pid = await find_process(qmp)
         peer = await describe(qmp, pid)
         line = read_command_line(pid)
+        _tell_what_is_not_restored(peer, line)
         folder = stack.enter_context(private_folder("lab-attached-"))
         binary = _binary(peer, line)
         files = DeviceFiles(folder, await _disks(qmp, line, binary.qemu_img))
@@ -111,6 +115,20 @@ async def _attached(kind: type[VMT], path: Path) -> AsyncIterator[VMT]:
         finally:
             if not qmp.is_lost:
                 await put_back(qmp, peer.saved)
+
+
+def _tell_what_is_not_restored(peer: Peer, line: CommandLine) -> None:
+    """Warn of what its snapshots can be taken with, and not restored."""
+    try:
+        require_restorable(line)
+    except UsageError as error:
+        log.warning("a snapshot of this VM could not be restored: %s", error)
+    if changed := sorted(peer.devices ^ device_ids(line)):
+        log.warning(
+            "a snapshot of this VM could not be restored: its devices are not those that it was "
+            "started with (%s); start it with them",
+            ", ".join(changed),
+        )
 
 
 def _monitor(path: Path) -> socket.socket:

@@ -45,7 +45,7 @@ def program(variant: str) -> Path:
 
 @contextlib.asynccontextmanager
 async def started(
-    variant: str, folder: Path, *arguments: str | Path
+    variant: str, folder: Path, *arguments: str | Path, pass_fds: Sequence[int] = ()
 ) -> AsyncIterator[tuple[Path, Process]]:
     """A QEMU as somebody starts it in a terminal; yields its monitor's socket."""
     monitor = folder / "monitor"
@@ -53,7 +53,7 @@ async def started(
     command += ["-accel", "tcg", "-qmp", f"unix:{monitor},server=on,wait=off", *arguments]
     with (folder / "log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            *map(str, command), cwd=folder, stdout=log, stderr=log
+            *map(str, command), cwd=folder, stdout=log, stderr=log, pass_fds=pass_fds
         )
     try:
         while not _listens(monitor):
@@ -260,3 +260,22 @@ async def test_the_command_line_takes_one_of_a_running_vm(tmp_path: Path) -> Non
         sock.setblocking(False)
         async with connected(sock) as qmp:
             assert (await qmp.execute("query-status"))["running"]
+
+
+async def test_what_could_be_taken_and_not_restored_is_told_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given, other = socket.socketpair()
+    with given, other:
+        network = ("-netdev", f"socket,id=net,fd={given.fileno()}")
+        async with started("patched", tmp_path, *network, pass_fds=[given.fileno()]) as (
+            monitor,
+            _,
+        ):
+            async with lab.attach(monitor) as vm:
+                await vm.execute("device_add", {"driver": "virtio-rng-pci", "id": "later"})
+            async with lab.attach(monitor) as vm:
+                assert await vm.is_running()
+    first, *_, plugged = [record.getMessage() for record in caplog.records]
+    assert "could not be restored: -netdev socket (id net) stands on a file" in first
+    assert "(later)" in plugged

@@ -193,13 +193,11 @@ def _require_no_descriptors(option: Option, pairs: Sequence[tuple[str, str]]) ->
     for key, value in pairs:
         leaf = key.rpartition(".")[2]
         if leaf in _DESCRIPTORS or (leaf == "type" and value == "fd"):
-            is_net = option.name == "netdev"
-            id_ = first(list(pairs), "id") or ""
             raise UsageError(
                 f"{_short(option, pairs)} stands on a file that was open when QEMU was started "
                 f"({key}={value}), and which is not there for another",
-                f"name another network for {id_} in `networks`, of the same kind"
-                if is_net
+                "start the machine with a network that names its interface (ifname=)"
+                if option.name in ("net", "netdev", "nic")
                 else "start the machine with it named by a path",
             )
 

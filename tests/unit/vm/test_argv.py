@@ -483,7 +483,7 @@ def test_what_cannot_be_restored_is_refused_with_a_remedy(arguments: list[str], 
 
 def test_a_network_with_open_files_is_restored_on_another() -> None:
     tap = ("-netdev", '{"type":"tap","fd":"3","vhost":true,"vhostfd":"4","id":"hostnet0"}')
-    with pytest.raises(UsageError, match="networks"):
+    with pytest.raises(UsageError, match="names its interface"):
         require_restorable(line(*tap))
     other = {"hostnet0": "tap,ifname=t1,script=no"}
     require_restorable(line(*tap), networks=other)
