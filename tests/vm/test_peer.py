@@ -139,7 +139,7 @@ async def test_its_settings_are_put_back(qemu: Path, folder: Path) -> None:
     async with started([qemu, *SMALL, *MONITOR], folder / "qmp") as first:
         await first.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
         before = (await describe(first.qmp, first.pid)).saved
-        on = [{"capability": name, "state": True} for name in ("events", "background-snapshot")]
+        on = [{"capability": name, "state": True} for name in ("events", "xbzrle")]
         await first.qmp.execute("migrate-set-capabilities", {"capabilities": on})
         await first.qmp.execute(
             "migrate-set-parameters",
