@@ -31,6 +31,7 @@ COMMANDS = (
     "disk",
     "measure",
     "floor",
+    "applications",
     "seal",
     "compare",
     "report",

@@ -68,6 +68,11 @@ def sides(
                 f"{one.name} is a floor, and compare is for snapshots",
                 "see both with `lab report`, or lab.analysis.floor.df_floor_medians",
             )
+        if one.kind == "applications":
+            raise RunError(
+                f"{one.name} holds requests to an application, and compare is for snapshots",
+                "use lab.analysis.applications.df_applications",
+            )
     if method_a or method_b:
         pairs = [(method_a or str(method_b), method_b or str(method_a))]
     else:

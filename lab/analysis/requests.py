@@ -207,12 +207,23 @@ _VERSION = 1
 _META = b"lab.requests"
 
 
-class _FileMeta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a file of requests says of itself.
+class RequestsMeta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What has to be known to read packed requests.
 
+    due_ns, until_ns: when the first was due, and the table's `until_ns`.
     done_from: what `done_ns` is stored relative to: "next", when the next request of the same
         connection was due, which in a closed loop is the same instant; or "sent".
+    operations: the categories of the column `operation`.
     """
+
+    due_ns: int
+    until_ns: int
+    done_from: Literal["next", "sent"]
+    operations: list[str]
+
+
+class _FileMeta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a file of requests says of itself; see `RequestsMeta`."""
 
     version: int
     due_ns: int
@@ -233,11 +244,12 @@ def _since_same_client(values: Ns, client: Ns) -> Ns:
     return values - before
 
 
-def write_requests(path: Path, table: pd.DataFrame) -> None:
-    """Write a table of requests into a Parquet file, every nanosecond of it.
+def pack_requests(table: pd.DataFrame) -> tuple[pa.Table, RequestsMeta]:
+    """Return a table of requests as differences of its times from what is nearest to them, which
+    take little room, and what is needed to read them: `unpack_requests` does, to the nanosecond.
 
-    Times are stored as differences from what is nearest to them.  100,000 requests of a closed loop
-    take some 150 kB, of an open loop, which has one more time that nothing foretells, 450 kB.
+    Columns, as `lab.runs.columns` has them under `requests`: due_delta_ns, sent_delta_ns,
+    done_delta_ns, client, operation, number_delta, ok.
 
     Raises ValueError when the table is not as `lab.loads.table` makes it.
     """
@@ -269,9 +281,61 @@ def write_requests(path: Path, table: pd.DataFrame) -> None:
             "ok": table["ok"].to_numpy(dtype=bool),
         }
     )
-    meta = _FileMeta(version=_VERSION, due_ns=origin, until_ns=until_ns, done_from=done_from)
+    meta = RequestsMeta(
+        due_ns=origin, until_ns=until_ns, done_from=done_from, operations=_categories(table)
+    )
+    return stored, meta
+
+
+def unpack_requests(stored: pa.Table, meta: RequestsMeta) -> pd.DataFrame:
+    """Return the table that `pack_requests` was given."""
+
+    def column(name: str) -> Ns:
+        values: Ns = stored[name].fill_null(0).to_numpy().astype(np.int64)
+        return values
+
+    def is_null(name: str) -> npt.NDArray[np.bool_]:
+        null: npt.NDArray[np.bool_] = stored[name].is_null().to_numpy()
+        return null
+
+    due = meta.due_ns + np.cumsum(column("due_delta_ns"), dtype=np.int64)
+    sent = np.where(is_null("sent_delta_ns"), 0, due + column("sent_delta_ns"))
+    client = np.where(is_null("client"), -1, column("client"))
+    base = _done_base_ns(meta.done_from, due, sent, client)
+    done = np.where(is_null("done_delta_ns"), 0, base + column("done_delta_ns"))
+    number = pd.Series(column("number_delta")).groupby(client).cumsum().to_numpy(dtype=np.int64)
+    return request_table(
+        due_ns=due,
+        sent_ns=sent,
+        done_ns=done,
+        client=np.where(client < 0, 0, client),
+        operation=pd.Categorical(stored["operation"].to_pylist(), categories=meta.operations),
+        number=number,
+        ok=stored["ok"].to_numpy(),
+        until_ns=meta.until_ns,
+    )
+
+
+def write_requests(path: Path, table: pd.DataFrame) -> None:
+    """Write a table of requests into a Parquet file, every nanosecond of it.
+
+    100,000 requests of a closed loop take some 150 kB, of an open loop, which has one more time
+    that nothing foretells, 450 kB.
+
+    Raises ValueError when the table is not as `lab.loads.table` makes it.
+    """
+    stored, packed = pack_requests(table)
+    meta = _FileMeta(
+        version=_VERSION,
+        due_ns=packed.due_ns,
+        until_ns=packed.until_ns,
+        done_from=packed.done_from,
+    )
     stored = stored.replace_schema_metadata(
-        {_META: msgspec.json.encode(meta), b"operations": msgspec.json.encode(_categories(table))}
+        {
+            _META: msgspec.json.encode(meta),
+            b"operations": msgspec.json.encode(packed.operations),
+        }
     )
     numbers = [name for name in stored.column_names if name not in ("operation", "ok")]
     pq.write_table(
@@ -306,30 +370,14 @@ def read_requests(path: Path) -> pd.DataFrame:
         raise RunError(f"{path} is no table of requests that this version can read") from error
     if meta.version > _VERSION:
         raise RunError(f"{path} was written by a newer version", "use that version")
-
-    def column(name: str) -> Ns:
-        values: Ns = stored[name].fill_null(0).to_numpy().astype(np.int64)
-        return values
-
-    def is_null(name: str) -> npt.NDArray[np.bool_]:
-        null: npt.NDArray[np.bool_] = stored[name].is_null().to_numpy()
-        return null
-
-    due = meta.due_ns + np.cumsum(column("due_delta_ns"), dtype=np.int64)
-    sent = np.where(is_null("sent_delta_ns"), 0, due + column("sent_delta_ns"))
-    client = np.where(is_null("client"), -1, column("client"))
-    base = _done_base_ns(meta.done_from, due, sent, client)
-    done = np.where(is_null("done_delta_ns"), 0, base + column("done_delta_ns"))
-    number = pd.Series(column("number_delta")).groupby(client).cumsum().to_numpy(dtype=np.int64)
-    return request_table(
-        due_ns=due,
-        sent_ns=sent,
-        done_ns=done,
-        client=np.where(client < 0, 0, client),
-        operation=pd.Categorical(stored["operation"].to_pylist(), categories=operations),
-        number=number,
-        ok=stored["ok"].to_numpy(),
-        until_ns=meta.until_ns,
+    return unpack_requests(
+        stored,
+        RequestsMeta(
+            due_ns=meta.due_ns,
+            until_ns=meta.until_ns,
+            done_from=meta.done_from,
+            operations=operations,
+        ),
     )
 
 

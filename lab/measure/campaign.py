@@ -88,7 +88,7 @@ def open_recording(
     different = sorted(k for k in document if found.record.plan.get(k) != document[k])
     if different:
         # --seed once set the order of a campaign too.
-        order = document.get("kind") != "floor" and "seed" in different
+        order = "kind" not in document and "seed" in different
         again = f" with --order-seed {found.record.plan['seed']}" if order else ""
         raise RunError(
             f"{path} was begun with another plan ({', '.join(different)} differ)",
@@ -110,7 +110,12 @@ def plan_of(run_set: RunSet) -> Plan:
     """
     if isinstance(plan := run_set.plan, Plan):
         return plan
-    raise RunError(f"{run_set.name} is a floor, which boots no guest", "use `lab floor`")
+    raise RunError(
+        f"{run_set.name} is a floor, which boots no guest"
+        if run_set.kind == "floor"
+        else f"{run_set.name} holds no snapshots that `lab measure` takes",
+        f"use `lab {run_set.kind}`",
+    )
 
 
 async def measure(
@@ -178,14 +183,15 @@ async def recorded(folder: Path | str, *, live: bool = False, repeats: int = 1) 
     """Load a run set; or measure its plan on this machine, into a folder of the cache, and return
     that.
 
-    :param live: measure.  A set of the floor is loaded all the same: `lab floor` measures that.
+    :param live: measure.  A set of another kind is loaded all the same: `lab floor` and `lab
+        applications` measure those.
     :param repeats: boots per case, where it is measured.
 
     :raise RunError: there is no such set, it is damaged, or its plan cannot be read any more.
     :raise HostError: this host cannot measure it.
     """
     found = load_set(folder)
-    if not live or found.kind == "floor":
+    if not live or found.kind != "snapshot":
         return found
     kept = cache_dir() / "live"
     kept.mkdir(exist_ok=True)

@@ -54,11 +54,41 @@ _FLOOR = (
     ),
 )
 
+_REQUESTS = (
+    Column(
+        "due_delta_ns",
+        "int64",
+        "ns",
+        "when the request was due, since the one before it was; the first was due at "
+        "`summary.packed.due_ns`",
+    ),
+    Column("sent_delta_ns", "int64", "ns", "sent less due; NA when it was not sent yet"),
+    Column(
+        "done_delta_ns",
+        "int64",
+        "ns",
+        "done less what `summary.packed.done_from` says: `next`, when the next request of this "
+        "connection was due (where there is none, when this one was), or `sent`; NA when it was not"
+        " done before the table was read, at `summary.packed.until_ns`",
+    ),
+    Column("client", "int32", "", "index of the connection; NA when the request was not sent yet"),
+    Column("operation", "category", "", "what was asked for"),
+    Column("number_delta", "int64", "", "0: of sequences, which these loads do not write"),
+    Column("ok", "bool", "", "whether the server did it"),
+)
+
+_THROUGHPUT = (
+    Column(
+        "bin", "int32", "1", "number of the 10 ms since the snapshot's request; negative before it"
+    ),
+    Column("requests", "int32", "1", "requests that were done in it"),
+)
+
 _TABLES = {name: table for one in INSTRUMENTS for name, table in one.tables.items()}
+_OTHERS = {"floor": _FLOOR, "requests": _REQUESTS, "throughput": _THROUGHPUT}
 
 COLUMNS: Mapping[str, Mapping[str, Column]] = {
-    name: {column.name: column for column in table}
-    for name, table in (_TABLES | {"floor": _FLOOR}).items()
+    name: {column.name: column for column in table} for name, table in (_TABLES | _OTHERS).items()
 }
 """The stored tables, by name: their columns, by name, in order."""
 
@@ -175,6 +205,133 @@ _FIELDS: tuple[Column | Dimension, ...] = (
 )
 SUMMARY_FIELDS: Mapping[str, Column | Dimension] = {one.name: one for one in _FIELDS}
 """The summary line of a run, by name, in order: dimensions, metrics, and what became of it."""
+
+
+_IN_WINDOW = "of requests outstanding at an instant between the request and 0.5 s after the end"
+_BEFORE = "of requests due in the second before the request, and done in it"
+
+_APPLICATION_METRICS = (
+    Metric("pause_ms", "float64", "ms", "VM stopped; null where it was not", title="pause ms"),
+    Metric(
+        "duration_ms",
+        "float64",
+        "ms",
+        "request until the image, or the server's own file, was written; 1 s where nothing was",
+        title="duration ms",
+    ),
+    Metric(
+        "image_bytes",
+        "int64",
+        "B",
+        "size of the image, of the state in the layer, or of the server's own file",
+        title="written MiB",
+        scale=2.0**-20,
+    ),
+    Metric(
+        "window_ms",
+        "float64",
+        "ms",
+        "the window: request until 0.5 s after the end",
+        title="window ms",
+    ),
+    Metric("requests", "int64", "1", f"number {_IN_WINDOW}", title="requests"),
+    Metric(
+        "requests_per_s_before",
+        "float64",
+        "1/s",
+        "requests done a second in the second before the request",
+        title="before 1/s",
+    ),
+    Metric(
+        "lost_requests",
+        "float64",
+        "1",
+        "requests that would have been done in the window at the rate of before, less those that "
+        "were; negative when more were done",
+        title="lost requests",
+    ),
+    Metric(
+        "refused_requests",
+        "int64",
+        "1",
+        "requests that the server answered with an error in the window",
+        title="refused",
+    ),
+    Metric(
+        "censored_requests",
+        "int64",
+        "1",
+        "requests of the window that had no answer when the load was ended",
+        title="unanswered",
+    ),
+    Metric("request_p50_us", "float64", "us", f"median latency {_IN_WINDOW}", title="p50 us"),
+    Metric("request_p99_us", "float64", "us", "99 % quantile of the same", title="p99 us"),
+    Metric("request_p999_us", "float64", "us", "99.9 % quantile of the same", title="p99.9 us"),
+    Metric("request_worst_ms", "float64", "ms", "largest of the same", title="worst ms"),
+    Metric(
+        "request_p50_before_us",
+        "float64",
+        "us",
+        f"median latency {_BEFORE}",
+        title="before: p50 us",
+    ),
+    Metric(
+        "request_p99_before_us",
+        "float64",
+        "us",
+        "99 % quantile of the same",
+        title="before: p99 us",
+    ),
+    Metric(
+        "request_p999_before_us",
+        "float64",
+        "us",
+        "99.9 % quantile of the same",
+        title="before: p99.9 us",
+    ),
+    Metric(
+        "request_worst_before_ms",
+        "float64",
+        "ms",
+        "largest of the same",
+        title="before: worst ms",
+    ),
+    Metric(
+        "vmm_cpu_s",
+        "float64",
+        "s",
+        "CPU time of QEMU's threads other than vCPUs in the window; the main loop forwards the "
+        "requests, so it is never zero",
+        title="QEMU CPU s",
+    ),
+)
+
+APPLICATION_METRICS: Mapping[str, Metric] = {one.name: one for one in _APPLICATION_METRICS}
+"""The numbers of the summary line of a set that `lab applications` recorded."""
+
+_APPLICATION_FIELDS: tuple[Column, ...] = (
+    Column("method", "text", "", "how the state was saved; none: it was not"),
+    Column("application", "text", "", "what asked for what"),
+    Column("outcome", "text", "", "ok, or failed: the sample was not taken"),
+    Column(
+        "asked_per_s",
+        "float64",
+        "1/s",
+        "the rate at which requests were due, half of what this boot could do; null for a closed "
+        "loop",
+    ),
+    *_APPLICATION_METRICS,
+    Column(
+        "request_worst_censored",
+        "bool",
+        "",
+        "whether the worst request had no answer yet: it lasted longer than that",
+    ),
+    Column("packed", "text", "", "what is needed to read `requests.parquet`: an object"),
+    Column("reason", "text", "", "why the outcome is not ok; null when it is"),
+)
+APPLICATION_FIELDS: Mapping[str, Column] = {one.name: one for one in _APPLICATION_FIELDS}
+"""That summary line, by name, in order."""
 
 
 def definitions() -> pd.DataFrame:

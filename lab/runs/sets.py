@@ -65,6 +65,7 @@ from lab.runs.records import (
     utc_now,
 )
 from lab.runs.run import Run, host_name, load_run, run_name, write_protect, write_table
+from lab.scenario.applications import ApplicationsPlan
 from lab.scenario.command import command
 from lab.scenario.document import from_json
 from lab.scenario.floor import FloorPlan
@@ -87,7 +88,9 @@ class RunSet:
 
     @property
     def kind(self) -> str:
-        """What its runs measured: `snapshot`, or `floor` (`lab floor`)."""
+        """What its runs measured: `snapshot`, `floor` (`lab floor`) or `applications` (`lab
+        applications`).
+        """
         return str(self.record.plan.get("kind", "snapshot"))
 
     @property
@@ -96,7 +99,7 @@ class RunSet:
         return host_name(self.record.host)
 
     @property
-    def plan(self) -> Plan | FloorPlan:
+    def plan(self) -> Plan | FloorPlan | ApplicationsPlan:
         """The plan that it was recorded by, to measure the same again.
 
         Raises RunError when this version of the lab cannot read it.
@@ -104,10 +107,13 @@ class RunSet:
         document = dict(self.record.plan)
         document.pop("order", None)
         try:
-            if self.kind != "floor":
-                return from_json(Plan, document)
-            plan = {k: v for k, v in document.items() if k not in ("kind", "methods")}
-            return from_json(FloorPlan, plan)
+            kind = document.pop("kind", "snapshot")
+            if kind == "applications":
+                return from_json(ApplicationsPlan, document)
+            if kind == "floor":
+                del document["methods"]
+                return from_json(FloorPlan, document)
+            return from_json(Plan, document)
         except UsageError as error:
             raise RunError(
                 f"the plan of {self.path} is not one of this version: {error.cause}", error.remedy

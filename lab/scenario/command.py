@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import UsageError
+from lab.scenario.applications import ApplicationsPlan
 from lab.scenario.dimensions import parse_dimension, value_text
 from lab.scenario.flags import add_arguments, from_arguments, to_arguments
 from lab.scenario.floor import FloorPlan
@@ -91,13 +92,15 @@ def _varied(given: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     return varied
 
 
-def command(plan: "Plan | FloorPlan") -> str:
-    """The command line that measures a plan: `lab measure`, or `lab floor`.
+def command(plan: "Plan | FloorPlan | ApplicationsPlan") -> str:
+    """The command line that measures a plan: `lab measure`, `lab floor` or `lab applications`.
 
     Parameters that have their default value are left out.  Parsed, it gives an equal plan.
     """
     if isinstance(plan, FloorPlan):
         return shlex.join(["lab", "floor", *to_arguments(plan)])
+    if isinstance(plan, ApplicationsPlan):
+        return shlex.join(["lab", "applications", *to_arguments(plan)])
     arguments = [f"--method={name}" for name in plan.methods]
     for name, values in sorted(plan.vary.items()):
         arguments.append(f"--vary={name.replace('_', '-')}={','.join(map(value_text, values))}")
