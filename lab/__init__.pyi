@@ -1,5 +1,12 @@
 # What is public, for type checkers and for `lazy_loader`, which reads it when `lab` is imported.
 
+from .analysis.applications import applications_notes as applications_notes
+from .analysis.applications import df_application_ratios as df_application_ratios
+from .analysis.applications import df_application_ratios_readable as df_application_ratios_readable
+from .analysis.applications import df_applications as df_applications
+from .analysis.applications import df_applications_readable as df_applications_readable
+from .analysis.applications import df_beside_published as df_beside_published
+from .analysis.applications import requests_of as requests_of
 from .analysis.compare import compared_text as compared_text
 from .analysis.faults import df_faults_by_method as df_faults_by_method
 from .analysis.instruments import df_overhead as df_overhead
@@ -31,6 +38,10 @@ from .errors import RunError as RunError
 from .errors import SnapshotError as SnapshotError
 from .errors import TransientError as TransientError
 from .errors import UsageError as UsageError
+from .figures.applications import plot_application_throughput as plot_application_throughput
+from .figures.applications import plot_request_latency as plot_request_latency
+from .figures.applications import plot_requests as plot_requests
+from .figures.applications import plot_worst_request as plot_worst_request
 from .figures.cost import plot_cost as plot_cost
 from .figures.cost import plot_lost_work as plot_lost_work
 from .figures.faults import plot_fault_histogram as plot_fault_histogram
@@ -56,6 +67,7 @@ from .figures.waits import plot_waits as plot_waits
 from .host.info import HostInfo as HostInfo
 from .loads.load import redis_load as redis_load
 from .loads.pgbench import pgbench_load as pgbench_load
+from .measure.applications.campaign import recorded_applications as recorded_applications
 from .measure.campaign import measure_again as measure_again
 from .measure.campaign import recorded as recorded
 from .runs.cases import df_runs as df_runs

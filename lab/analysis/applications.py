@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -19,7 +20,7 @@ from lab.runs.run import Run
 from lab.runs.sets import RunSet
 from lab.scenario.applications import SAME_AS
 from lab.stats import compare, median, quantile_interval
-from lab.units import NS_PER_MS
+from lab.units import NS_PER_MS, NS_PER_US
 
 KIND = "applications"
 
@@ -175,6 +176,76 @@ def df_application_ratios_readable(run_set: RunSet, *, of: str = "live") -> pd.D
                 numbers = [three_digits(float(str(v))) for v in (one.ratio, one.low, one.high)]
                 row[name] = f"{numbers[0]} [{numbers[1]} - {numbers[2]}]"
         rows.append(row)
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Figures that somebody else published, as text: ranges and words are theirs."""
+
+    source: str
+    method: str
+    setting: str
+    worst: str
+    p99: str
+    degraded: str
+
+
+_DRAFT = "bpf_fault (draft, doi.org/10.1145/3830418.3843896)"
+_THEIRS = "Firecracker under KVM, 2 vCPUs, 8 GB, Redis SET, 50 clients, about 95,000 a second"
+PUBLISHED = (
+    Published(
+        source=_DRAFT,
+        method="live, userfaultfd",
+        setting=_THEIRS,
+        worst="900 - 1,100",
+        p99="spikes near 500",
+        degraded="about 2 s",
+    ),
+    Published(
+        source=_DRAFT,
+        method="live, bpf_fault",
+        setting=_THEIRS,
+        worst="160 - 270",
+        p99="-",
+        degraded="2 - 6 times the throughput of userfaultfd meanwhile",
+    ),
+)
+"""What is known of a live snapshot of a loaded guest, from others."""
+
+
+def df_beside_published(run_set: RunSet) -> pd.DataFrame:
+    """The methods of a set, with what others published below them, as text.
+
+    They cannot be divided by each other: accelerator, CPUs, size of RAM and the rate differ, which
+    is what the column `setting` is for.
+    """
+    plan, medians = run_set.record.plan, df_applications(run_set)
+    rows = []
+    for row in medians.to_dict("records"):
+        rate = three_digits(row["requests_per_s_before"])
+        rows.append(
+            {
+                "source": "this lab",
+                "method": row["method"],
+                "setting": f"QEMU under TCG, {plan.get('vcpus')} vCPUs, {plan.get('ram_mib')} MiB, "
+                f"{plan.get('application')}, {rate} a second",
+                "worst request, ms": three_digits(row["request_worst_ms"]),
+                "p99, ms": three_digits(row["request_p99_us"] / NS_PER_US),
+                "slow for": f"{three_digits(row['duration_ms'] / 1e3)} s (duration)",
+            }
+        )
+    for one in PUBLISHED:
+        rows.append(
+            {
+                "source": one.source,
+                "method": one.method,
+                "setting": one.setting,
+                "worst request, ms": one.worst,
+                "p99, ms": one.p99,
+                "slow for": one.degraded,
+            }
+        )
     return pd.DataFrame(rows)
 
 

@@ -38,16 +38,17 @@ async def _applications(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(describe(plan)))
         return 0
-    done = await _measured(
+    done = await run_applications(
         plan, out_folder(args, "applications-"), image_dir=args.image_dir, note=args.note
     )
     print_applications(done, as_json=args.json)
     return 0 if all(run.ok for run in done) else 1
 
 
-async def _measured(
-    plan: ApplicationsPlan, out: Path, *, image_dir: Path | None, note: str
+async def run_applications(
+    plan: ApplicationsPlan, out: Path, *, image_dir: Path | None = None, note: str = ""
 ) -> "RunSet":
+    """Measure `plan` into `out` with a progress line."""
     from lab.host.cache import cache_dir
     from lab.measure.applications.campaign import measure_applications, survey
     from lab.scenario.plan import estimate_text

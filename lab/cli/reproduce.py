@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.cli import Subparsers, add_command
+from lab.errors import HostError
 from lab.progress import ProgressLine
 from lab.scenario.methods import METHODS
 
@@ -119,10 +120,12 @@ async def _other_sets(folder: Path, note: str, repeats: int | None) -> "dict[str
 
     :param repeats: instead of those of the plans.
     """
+    from lab.cli.applications import run_applications
     from lab.cli.floor import run_floor
     from lab.measure.campaign import plan_here
     from lab.report.notebooks import notebook_paths, sets_named
     from lab.runs.sets import load_set
+    from lab.scenario.applications import ApplicationsPlan
     from lab.scenario.campaigns import campaign
     from lab.scenario.floor import FloorPlan
     from lab.vm.accelerator import accelerator_problem
@@ -131,10 +134,16 @@ async def _other_sets(folder: Path, note: str, repeats: int | None) -> "dict[str
     own = {}
     for name in sorted(names - {MAIN_SET}):
         plan, out = campaign(name).plan, folder / name
-        if isinstance(plan, FloorPlan):
-            if (out / "set.json").exists() and (found := load_set(out)).complete:
-                own[name] = found
-                continue
+        special = isinstance(plan, FloorPlan | ApplicationsPlan)
+        if special and (out / "set.json").exists() and (found := load_set(out)).complete:
+            own[name] = found
+        elif isinstance(plan, ApplicationsPlan):
+            try:
+                plan = plan if repeats is None else replace(plan, rounds=repeats)
+                own[name] = await run_applications(plan, out, note=note)
+            except HostError as error:
+                print(f"{name} is shown as it was recorded: {error}", file=sys.stderr)
+        elif isinstance(plan, FloorPlan):
             plan = plan if repeats is None else replace(plan, repeats=repeats)
             own[name] = await run_floor(plan, out, note=note)
         else:

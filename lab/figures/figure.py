@@ -45,6 +45,8 @@ TABLES = {
     "write_latency": "a guest that timed its operations",
     "slow_writes": "a guest that noted its slow writes",
     "floor": "steps of the floor",
+    "requests": "requests to a server in the guest",
+    "throughput": "counts of requests to a server in the guest",
 }
 """What a run has that has a table, for people."""
 

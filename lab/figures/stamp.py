@@ -27,6 +27,8 @@ def stamp_text(run_set: RunSet, *, drawn: Sequence[Run] | None = None) -> str:
     """
     if run_set.kind == "floor":
         return " | ".join(_of_floor(run_set))
+    if run_set.kind == "applications":
+        return " | ".join(_of_applications(run_set, drawn))
     runs = run_set.measured()
     if drawn is not None:
         cases = {run.case for run in drawn}
@@ -85,6 +87,26 @@ def _of_floor(run_set: RunSet) -> list[str]:
         f"Linux {host.get('kernel', 'unknown')}",
         f"files on {host.get('image_filesystem', 'unknown')}",
         *held_back_text(run_set.measured(), "rounds"),
+        _origin(run_set),
+    ]
+
+
+def _of_applications(run_set: RunSet, drawn: Sequence[Run] | None) -> list[str]:
+    plan, host, runs = run_set.record.plan, run_set.record.host, run_set.measured()
+    counts = sorted(set(Counter(run.record.method for run in runs).values()))
+    rounds = " to ".join(map(str, dict.fromkeys((*counts[:1], *counts[-1:])))) or "no"
+    if drawn is not None and len(drawn) < len(runs):
+        rounds = f"1 of {rounds}"
+    connections = {run.record.scenario.get("clients") or None for run in runs} - {None}
+    return [
+        f"n={rounds} rounds",
+        str(plan.get("application")),
+        *(f"{count} connections" for count in sorted(map(str, connections))),
+        f"tcg, {plan.get('vcpus')} vCPUs, {plan.get('ram_mib')} MiB RAM",
+        f"{host.get('cpu_count', '?')} CPUs, {host.get('cpu_model', 'unknown')}",
+        f"Linux {host.get('kernel', 'unknown')}",
+        "QEMU " + ", ".join(sorted({run.build for run in runs})),
+        *held_back_text(runs, "samples"),
         _origin(run_set),
     ]
 

@@ -19,6 +19,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lab.analysis.applications import (
+    applications_notes,
+    df_application_ratios_readable,
+    df_applications_readable,
+)
 from lab.analysis.floor import df_floor_readable, skipped
 from lab.analysis.instruments import (
     df_overhead,
@@ -28,6 +33,12 @@ from lab.analysis.instruments import (
     varied_instruments,
 )
 from lab.analysis.warnings import warnings_of
+from lab.figures.applications import (
+    plot_application_throughput,
+    plot_request_latency,
+    plot_requests,
+    plot_worst_request,
+)
 from lab.figures.cost import plot_cost
 from lab.figures.faults import plot_fault_latency, plot_fault_stages
 from lab.figures.figure import Plot, Text
@@ -40,7 +51,7 @@ from lab.figures.waits import plot_stalls, plot_waits
 from lab.host.room import require_room
 from lab.measure.settle import TAIL_LIMIT_S
 from lab.runs.cases import df_runs
-from lab.runs.columns import COLUMNS, METRICS, definitions
+from lab.runs.columns import APPLICATION_FIELDS, COLUMNS, METRICS, definitions
 from lab.runs.methods import df_methods, df_readable
 from lab.runs.sets import RunSet
 from lab.scenario.dimensions import recorded_dimension
@@ -59,6 +70,24 @@ FIGURES: Sequence[Plot[..., Any]] = (
 
 FLOOR_FIGURES: Sequence[Plot[..., Any]] = (plot_floor_faults, plot_floor_bulk)
 """The figures of a report on the floor."""
+
+APPLICATION_FIGURES: Sequence[Plot[..., Any]] = (
+    plot_application_throughput,
+    plot_requests,
+    plot_request_latency,
+    plot_worst_request,
+)
+"""The figures of a report on an application."""
+
+_APPLICATION_LIMITS = (
+    "A sample is a round. Methods of a round share a boot, its memory and its disk's layers; their "
+    "order is drawn anew in each.",
+    "Requests go through QEMU's user network, whose main loop forwards them one after the other: a "
+    "real network card is faster, and the main loop that it spares has more time for a snapshot.",
+    "The load runs on the host that runs the guest, and takes CPU time from both.",
+    "Latencies end with the reply. What a method still writes afterwards, or has left in the page "
+    "cache, is not in them beyond half a second.",
+)
 
 # What the figures do not show, whatever the set.
 _LIMITS = (
@@ -203,7 +232,8 @@ def render_report(run_set: RunSet) -> str:
     Numbers are computed from the set; nothing is typed in.  A set without a run that counts gives
     a report that says so.
     """
-    about = _about_floor(run_set) if run_set.kind == "floor" else _about_snapshots(run_set)
+    kinds = {"floor": _about_floor, "applications": _about_applications}
+    about = kinds.get(run_set.kind, _about_snapshots)(run_set)
     return _page(
         "report.html.j2",
         record=run_set.record,
@@ -241,6 +271,33 @@ def _about_floor(run_set: RunSet) -> dict[str, Any]:
         "definitions": pd.DataFrame(columns, columns=["column", "unit", "meaning"]),
         "limits": _FLOOR_LIMITS,
     }
+
+
+def _about_applications(run_set: RunSet) -> dict[str, Any]:
+    """The report on a set that `lab applications` recorded."""
+    columns = [(name, column.unit, column.doc) for name, column in APPLICATION_FIELDS.items()]
+    return {
+        "title": f"What an application feels: {run_set.name}",
+        "samples": "samples",
+        "summary": df_applications_readable(run_set),
+        "caveats": applications_notes(run_set),
+        "measured": [
+            "A round boots Debian once for each QEMU and takes every method once, in an order "
+            f"drawn anew (seed {run_set.record.plan.get('seed')}), under a load that has run until "
+            "its rate was even.",
+            "The window is from the request until half a second after the end.",
+            *_ratios(run_set),
+        ],
+        "figures": _figures(run_set, APPLICATION_FIGURES),
+        "definitions": pd.DataFrame(columns, columns=["field", "unit", "meaning"]),
+        "limits": _APPLICATION_LIMITS,
+    }
+
+
+def _ratios(run_set: RunSet) -> list[str]:
+    """A line for each method that another is set against."""
+    rows = df_application_ratios_readable(run_set).to_dict("records")
+    return ["; ".join(f"{name}: {value}" for name, value in row.items()) for row in rows]
 
 
 def write_report(path: Path, page: str) -> None:

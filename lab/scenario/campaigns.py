@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.errors import UsageError
+from lab.scenario.applications import ApplicationsPlan
 from lab.scenario.dimensions import replace_dimensions
 from lab.scenario.document import from_json
 from lab.scenario.floor import FloorPlan
@@ -22,11 +23,13 @@ SOURCE = Path(__file__).with_name("campaigns.toml")
 
 @dataclass(frozen=True, kw_only=True)
 class Campaign:
-    """A plan that has a name; a `FloorPlan` is measured by `lab floor`."""
+    """A plan that has a name; a `FloorPlan` is measured by `lab floor`, an `ApplicationsPlan` by
+    `lab applications`.
+    """
 
     name: str
     question: str
-    plan: Plan | FloorPlan
+    plan: Plan | FloorPlan | ApplicationsPlan
 
 
 @cache
@@ -52,11 +55,14 @@ def _campaign(
     base: Mapping[str, Any] | None = None,
     vary: Mapping[str, list[Any]] | None = None,
     floor: Mapping[str, Any] | None = None,
+    applications: Mapping[str, Any] | None = None,
     **others: Any,
 ) -> Campaign:
-    plan: Plan | FloorPlan
+    plan: Plan | FloorPlan | ApplicationsPlan
     if floor is not None:
         plan = FloorPlan(**floor)
+    elif applications is not None:
+        plan = from_json(ApplicationsPlan, applications)
     else:
         machine, workload, storage, instruments = replace_dimensions(
             Machine(), Workload(), Storage(), from_json(Instruments, {}), base or {}

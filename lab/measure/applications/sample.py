@@ -87,24 +87,20 @@ async def take_sample(bench: Bench, turn: Turn, image: Path, warm: WarmMemory) -
         size = done.image_bytes if done.image_bytes is not None else await way.size()
     finally:
         await way.clean()
-    marks = done.marks
-    table = load.df()
-    exact, meta = pack_requests(_exact(table, marks))
-    figures: dict[str, Any] = {
+    figures, tables, logs = condensed(load.df(), done.marks, times.df(["during"]))
+    figures |= {
         "asked_per_s": bench.rate_per_s,
-        "pause_ms": _ms(marks.stop_ns, marks.resume_ns),
-        "duration_ms": _ms(marks.request_ns, marks.end_ns),
+        "pause_ms": _ms(done.marks.stop_ns, done.marks.resume_ns),
+        "duration_ms": _ms(done.marks.request_ns, done.marks.end_ns),
         "image_bytes": size,
-        **vars(request_summary(table, marks, times.df(["during"]))),
-        "packed": msgspec.to_builtins(meta),
     }
     warnings = [unsettled] if unsettled else []
     return Sample(
         outcome="ok",
         figures=figures,
-        marks=marks,
-        tables={"requests": _frame(exact), "throughput": _binned(table, marks)},
-        logs={HDR_LOG: _hdr_log(table, marks)},
+        marks=done.marks,
+        tables=tables,
+        logs=logs,
         host={
             "image_filesystem": filesystem_of(image.parent),
             "load_average": load_average,
@@ -112,6 +108,21 @@ async def take_sample(bench: Bench, turn: Turn, image: Path, warm: WarmMemory) -
         },
         warnings=(*warnings, *held_back_warnings(throttled, beside)),
     )
+
+
+def condensed(
+    table: pd.DataFrame, marks: Marks, threads: pd.DataFrame | None = None
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame], dict[str, bytes]]:
+    """What is recorded of the requests of a sample: figures, tables and logs.
+
+    :param table: what `lab.loads` recorded, from `AROUND_NS` before the request until as long
+        after the end.
+    :param threads: as `lab.analysis.requests.request_summary` takes it.
+    """
+    exact, meta = pack_requests(_exact(table, marks))
+    figures = vars(request_summary(table, marks, threads)) | {"packed": msgspec.to_builtins(meta)}
+    tables = {"requests": _frame(exact), "throughput": _binned(table, marks)}
+    return figures, tables, {HDR_LOG: _hdr_log(table, marks)}
 
 
 async def _until(t_ns: int) -> None:

@@ -12,6 +12,7 @@ from lab.errors import HostError, RunError
 from lab.measure.campaign import plan_here, plan_of
 from lab.report import notebooks
 from lab.runs.sets import RunSet, load_set
+from lab.scenario.applications import ApplicationsPlan, turns
 from lab.scenario.campaigns import campaign
 from lab.scenario.floor import FloorPlan
 from lab.scenario.instruments import Instruments
@@ -61,6 +62,8 @@ def test_every_set_a_notebook_shows_is_recorded_and_can_be_measured_again() -> N
         recorded = load_set(notebooks.NOTEBOOKS.parent / "data" / name)
         if isinstance(plan := campaign(name).plan, FloorPlan):
             assert plan.repeats == len(recorded.measured())
+        elif isinstance(plan, ApplicationsPlan):
+            assert len(turns(plan)) == len(recorded)
         else:
             assert len(slots(plan)) == len(recorded)
 
