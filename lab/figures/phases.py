@@ -22,9 +22,18 @@ from lab.figures.style import (
 )
 from lab.runs.cases import by_case, case_label
 
-_RUNNING = ("populate", "setup", "arm-ahead", "sweep", "complete", "release", "hold")
+_RUNNING = (
+    "populate",
+    "setup",
+    "arm-ahead",
+    "sweep",
+    "flush-disks",
+    "complete",
+    "release",
+    "hold",
+)
 """Phases during which the guest runs."""
-_PAUSE = ("stop", "device-state", "arm", "resume")
+_PAUSE = ("stop", "switch-disks", "device-state", "arm", "resume")
 _NOTHING_MS = 0.001
 """An engine that has nothing to do in a phase reads the clock twice, which takes less."""
 
