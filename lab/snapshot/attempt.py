@@ -77,7 +77,8 @@ class Attempt:
         self.storage = storage
         self.storage_mib_per_s = storage_mib_per_s
         self.disks = disks
-        self.hold = _one_after_the_other(disks.switch, hold) if disks.has_disks else hold
+        self.hold = hold
+        self.qemu_switches = False
         self.mechanism = mechanism_of(how, vm.binary.variant)
         self.fault_log_path = (
             vm.process.workdir / "faults.bin" if log_faults and self.mechanism.logs_faults else None
@@ -104,6 +105,7 @@ class Attempt:
         vm.process.find_groups()
         try:
             await self.disks.prepare()
+            await self._choose_switch()
             await self._prepare()
             self.since = len(vm.qmp.events)
             course = Course(
@@ -114,6 +116,8 @@ class Attempt:
             self.request_ns = time.monotonic_ns()
             await self.mechanism.request(course)
             self.completed = await self._await_bounded_end()
+            if self.qemu_switches:
+                self.disks.switched()
             await watch.at(Moment.COMPLETED)
             await self.mechanism.finish(course)
             await watch.at(Moment.RUNNING)
@@ -144,6 +148,18 @@ class Attempt:
             where = {"channels": file_channel(self.partial)}
         await self.vm.execute("migrate", where)
 
+    async def _choose_switch(self) -> None:
+        """Have disks switched by QEMU where it can: the guest does not wait for the lab then.
+
+        Whoever holds the guest waits for the lab anyway, and finds the disks switched.
+        """
+        if not self.disks.has_disks:
+            return
+        known = await self.vm.execute("query-migrate-parameters")
+        self.qemu_switches = self.hold is None and self.mechanism.overlays in known
+        if not self.qemu_switches:
+            self.hold = _one_after_the_other(self.disks.switch, self.hold)
+
     async def _prepare(self) -> None:
         vm = self.vm
         # One command: QEMU checks what is incompatible for the set as a whole.
@@ -171,6 +187,8 @@ class Attempt:
         if self.how.direct_io or "direct-io" in await vm.execute("query-migrate-parameters"):
             parameters["direct-io"] = self.how.direct_io
         parameters |= self.mechanism.parameters(str(self.fault_log_path or ""))
+        if self.qemu_switches:
+            parameters[self.mechanism.overlays] = self.disks.wanted
         await vm.execute("migrate-set-parameters", parameters)
         if self.storage is not None:
             # QEMU has a duplicate then.  With another one the end of the stream would not be seen.
@@ -282,6 +300,8 @@ class Attempt:
         """Leave QEMU as a guest that was never snapshotted would have it."""
         await self.vm.execute("migrate-set-capabilities", {"capabilities": _states(self.cleared)})
         await self.mechanism.reset(self.vm)
+        if self.qemu_switches:
+            await self.vm.execute("migrate-set-parameters", {self.mechanism.overlays: []})
 
     async def _abort(self) -> None:
         """Take back what was begun; what fails here is logged, because an error is on its way."""
@@ -301,7 +321,10 @@ class Attempt:
         except LabError as error:
             log.error("taking back a %s snapshot: %s", self.how.name, error)
         finally:
-            await self.disks.undo()
+            if self.qemu_switches:
+                await self.disks.undo_unless_switched()
+            else:
+                await self.disks.undo()
 
     def ready_at_pause(self) -> ReadyRecord | None:
         """Return what the guest in the image has said: nothing if it was reset meanwhile."""

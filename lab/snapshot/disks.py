@@ -1,12 +1,13 @@
 """Freeze the disks of a VM at the instant that its image shows.
 
 Each disk gets an overlay, a new layer that is empty, made and opened before the guest is stopped.
-At the instant, with the guest stopped, one transaction puts all of them on top: what was written
-until then is in the layer below, which nobody writes to any more, and what comes later goes into
-the overlay.  Nothing is copied, so the time that it takes does not depend on the disk's size.
+At the instant, with the guest stopped, all of them are put on top, by QEMU where it has been told
+of them before (`wanted`), else by one transaction (`switch`): what was written until then is in the
+layer below, which nobody writes to any more, and what comes later goes into the overlay.  Nothing
+is copied, so the time that it takes does not depend on the disk's size.
 
-Until the transaction all can be taken back.  After it the guest stays on its overlays, also when
-the snapshot fails then: that only makes its chain of layers longer by one.
+Until then all can be taken back.  After it the guest stays on its overlays, also when the snapshot
+fails then: that only makes its chain of layers longer by one.
 """
 
 import contextlib
@@ -91,14 +92,19 @@ class DiskSwitch:
 
         :raise QmpError: when QEMU refuses; then no disk has changed.
         """
-        actions = [
-            {
-                "type": "blockdev-snapshot",
-                "data": {"node": prepared.disk.node, "overlay": prepared.node},
-            }
-            for prepared in self._prepared
-        ]
+        actions = [{"type": "blockdev-snapshot", "data": pair} for pair in self.wanted]
         await self.vm.execute("transaction", {"actions": actions})
+        self.switched()
+
+    @property
+    def wanted(self) -> list[dict[str, str]]:
+        """Which disks are to get which overlays, in QEMU's words."""
+        return [
+            {"node": prepared.disk.node, "overlay": prepared.node} for prepared in self._prepared
+        ]
+
+    def switched(self) -> None:
+        """Note that all overlays are on top."""
         self.frozen = tuple(
             FrozenDisk(
                 node=prepared.disk.node,
@@ -114,6 +120,28 @@ class DiskSwitch:
             prepared.disk.layer = prepared.held.layer
             prepared.disk.node = prepared.node
         self._prepared.clear()
+
+    async def undo_unless_switched(self) -> None:
+        """Take back what was prepared, unless QEMU, which was told of it, has put it on top."""
+        if not self._prepared:
+            return
+        try:
+            depth = await self._depth(self._prepared[0].node)
+        except LabError as error:
+            log.error("whether disks have got their overlays is not known: %s", error)
+            for prepared in self._prepared:
+                prepared.held.release()
+            self._prepared.clear()
+            return
+        if depth:
+            self.switched()
+        else:
+            await self.undo()
+
+    async def _depth(self, node: str) -> int:
+        """Return how many layers are below a node; none also if there is no such node."""
+        nodes = await self.vm.execute("query-named-block-nodes")
+        return next((n["backing_file_depth"] for n in nodes if n["node-name"] == node), 0)
 
     async def undo(self) -> None:
         """Take back what was prepared and not switched to; what fails here is logged."""

@@ -183,6 +183,74 @@ async def test_a_snapshot_that_is_cancelled_or_refused_takes_the_overlays_back(
         assert await holds(vm, 0x11)
 
 
+async def top_node(vm: VM) -> str:
+    """Return the node that a device's end of the first disk is on, as QEMU says."""
+    blocks = [block["inserted"] for block in await vm.execute("query-block") if "inserted" in block]
+    return str(blocks[0]["node-name"])
+
+
+async def overlays_wanted(vm: VM) -> object:
+    return (await vm.execute("query-migrate-parameters"))["x-snapshot-overlays"]
+
+
+@pytest.mark.parametrize("method", ["live", "live-rfc", "live-inline"])
+async def test_the_guest_does_not_wait_for_the_lab_to_freeze_its_disks(
+    tmp_path: Path, method: str
+) -> None:
+    image = await new_image(tmp_path / "a.raw", "raw")
+    async with lab.boot(machine(image)) as vm:
+        before = vm.files.disks[0].node
+        await vm.snapshot(tmp_path / "a.snap", method)
+        states = [e.data["status"] for e in vm.qmp.events if e.name == "MIGRATION"]
+        assert "pre-switchover" not in states
+        assert await top_node(vm) == vm.files.disks[0].node != before
+        # The next snapshot of anybody is to be one without disks.
+        assert await overlays_wanted(vm) == []
+
+
+async def test_a_snapshot_cancelled_after_its_instant_leaves_the_guest_on_its_overlay(
+    tmp_path: Path,
+) -> None:
+    image = await new_image(tmp_path / "a.raw", "raw")
+    async with lab.boot(machine(image)) as vm:
+        before = vm.files.disks[0].node
+        await write(vm, 0x11)
+        since = len(vm.qmp.events)
+        task = asyncio.create_task(vm.snapshot(tmp_path / "a.snap", storage_mib_per_s=1))
+        await vm.qmp.wait_event(lambda event: event.name == "RESUME", since=since, timeout_s=60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        assert await top_node(vm) == vm.files.disks[0].node != before
+        assert await overlays_wanted(vm) == []
+        await write(vm, 0x22, offset=MIB)
+        await vm.snapshot(tmp_path / "b.snap")
+        await write(vm, 0x33)
+    async with lab.restore(tmp_path / "b.snap") as vm:
+        assert await holds(vm, 0x11)
+        assert await holds(vm, 0x22, offset=MIB)
+
+
+async def test_a_snapshot_cancelled_at_any_moment_leaves_a_disk_that_is_known(
+    tmp_path: Path,
+) -> None:
+    image = await new_image(tmp_path / "a.raw", "raw")
+    async with lab.boot(machine(image)) as vm:
+        await write(vm, 0x11)
+        for moment in range(12):
+            task = asyncio.create_task(vm.snapshot(tmp_path / "a.snap", progress=False))
+            await asyncio.wait([task], timeout=moment * 0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert await top_node(vm) == vm.files.disks[0].node
+            assert await overlays_wanted(vm) == []
+            assert await vm.is_running()
+        await vm.snapshot(tmp_path / "b.snap")
+    async with lab.restore(tmp_path / "b.snap") as vm:
+        assert await holds(vm, 0x11)
+
+
 def _files(layers: Path) -> set[str]:
     return {path.name for path in layers.glob("*.qcow2")}
 

@@ -61,6 +61,7 @@ class PatchedBackground(_Background):
     """With an engine of the patched QEMU, which is held at its pre-switchover."""
 
     logs_faults: ClassVar[bool] = True
+    overlays: ClassVar[str] = "x-snapshot-overlays"
 
     def capabilities(self, *, hold: bool) -> dict[str, bool]:
         return {"pause-before-switchover": hold, **super().capabilities(hold=hold)}
