@@ -14,6 +14,8 @@ from lab.guests.linux.initramfs import Program, archive_path, build_archive
 from lab.guests.linux.kernel import find_kernel
 from lab.guests.protocol import KERNEL_PARAMETERS
 from lab.scenario.machine import DiskCache, DiskKind, Machine
+from lab.scenario.methods import METHODS, Variant
+from lab.scenario.methods import method as method_of
 from lab.verify.stamps.check import MAX_DISKS
 
 DISK_MIB = 64
@@ -31,7 +33,8 @@ class Case:
     :param method: one of `lab.METHODS`.
     :param disks: how many, 1 to 4.
     :param disk: `virtio`, `ide` or `scsi`.
-    :param iothread: a thread of its own serves them; not `ide`.
+    :param iothread: a thread of its own serves them; not `ide`, and not on the unpatched QEMU,
+        whose guest would hang sooner or later when it is stopped (patch 0023).
     :param cache: as in `Machine.disk_cache`.
     :param image_format: of the images below the overlays.
     :param cached: the guest writes through its page cache.
@@ -48,12 +51,26 @@ class Case:
     sync_every: int = 0
 
     def __post_init__(self) -> None:
+        method_of(self.method)  # raises for one that does not exist
         if not 1 <= self.disks <= MAX_DISKS:
             raise UsageError(f"{self.disks} disks", f"choose 1 to {MAX_DISKS}")
         if self.disk == "none":
             raise UsageError("no disk to write to", "choose virtio, ide or scsi")
         if self.cached and not self.sync_every:
-            raise UsageError("through the guest's page cache nothing is known without fsync", "")
+            raise UsageError(
+                "through the guest's page cache nothing is known without fsync", "set sync_every"
+            )
+        if self.iothread and not METHODS[self.method].runs_on("patched"):
+            raise UsageError(
+                f"{self.method} needs the unpatched QEMU, on which a guest with an I/O thread may "
+                "hang when it is stopped",
+                "do without an I/O thread",
+            )
+
+    @property
+    def variant(self) -> Variant:
+        """The QEMU that it runs on."""
+        return "patched" if self.iothread else METHODS[self.method].preferred_variant
 
 
 async def ensure_initramfs() -> Path:

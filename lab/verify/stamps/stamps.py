@@ -27,7 +27,6 @@ from lab.guests.protocol import PAGE_BYTES
 from lab.host.workdir import private_folder
 from lab.qemu.build import find_qemu
 from lab.scenario.machine import DiskCache, DiskKind
-from lab.scenario.methods import method as method_of
 from lab.session import VM, boot, restore
 from lab.snapshot.disks import DiskSwitch
 from lab.snapshot.sidecar import parse_sidecar, sidecar_path
@@ -191,7 +190,7 @@ async def prove_case(
                         break
                 rounds += rounds_before
     flights = [one for one in done if one.begun != one.known]
-    binary = find_qemu(method_of(case.method).preferred_variant)
+    binary = find_qemu(case.variant)
     return Report(
         case=case,
         qemu=f"{binary.version} {binary.variant} ({binary.build_id})",
@@ -374,7 +373,7 @@ class _Guest:
 @contextlib.asynccontextmanager
 async def _stamping(case: Case, folder: Path) -> AsyncIterator[_Guest]:
     """Boot a guest that stamps empty disks."""
-    binary = method_of(case.method).preferred_variant
+    binary = case.variant
     qemu_img = find_qemu(binary).qemu_img
     images = await make_images(case, qemu_img, folder)
     machine = await stamping_machine(case, images)
