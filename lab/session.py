@@ -41,8 +41,11 @@ SHELL_TIMEOUT_S = 120.0
 class VM(RunningVM):
     """A guest and its QEMU, with what the rooms above it do: instruments and snapshots.
 
-    Made by `boot` and `restore`, valid inside their context.
+    Made by `boot`, `restore` and `attach`, valid inside their context.
     """
+
+    _lets_in = False
+    """Whether the guest is known to let one in by ssh."""
 
     def sampling(self, interval_us: int = 1000) -> AbstractAsyncContextManager[ProgressSampler]:
         """Sample the guest's progress every `interval_us` while the context lasts.
@@ -81,7 +84,9 @@ class VM(RunningVM):
             raise UsageError(
                 "no port of this host leads to the guest's ssh", 'boot it with forward=("0:22",)'
             )
-        await wait_for_ssh(self.ports[22], key, timeout_s=timeout_s)
+        if not self._lets_in:
+            await wait_for_ssh(self.ports[22], key, timeout_s=timeout_s)
+            self._lets_in = True
         return await in_guest(self.ports[22], key, command, timeout_s=timeout_s)
 
     async def snapshot(

@@ -173,7 +173,7 @@ async def _commit(args: argparse.Namespace) -> int:
     for disk in disks:
         try:
             with ProgressLine() as progress:
-                done = await commit(qemu_img, disk.layer, progress=progress, store=store)
+                done = await commit(qemu_img, Path(disk.layer), progress=progress, store=store)
         except UsageError as error:
             refused.append(error)
             print(f"{disk.node}: {error.cause}")
@@ -200,7 +200,7 @@ async def _export(args: argparse.Namespace) -> int:
     chosen = args.format or ("raw" if args.file.suffix in (".raw", ".img") else "qcow2")
     with ProgressLine() as progress:
         path = await export(
-            *(_qemu_img(), disks[args.disk].layer, args.file),
+            *(_qemu_img(), Path(disks[args.disk].layer), args.file),
             format=chosen,
             progress=progress,
             store=store,

@@ -77,9 +77,9 @@ class Attempt:
         self.storage = storage
         self.storage_mib_per_s = storage_mib_per_s
         self.disks = disks
-        self.hold = hold
-        self.qemu_switches = False
         self.mechanism = mechanism_of(how, vm.binary.variant)
+        self.hold = hold
+        self.qemu_switches_disks = False
         self.fault_log_path = (
             vm.process.workdir / "faults.bin" if log_faults and self.mechanism.logs_faults else None
         )
@@ -103,9 +103,14 @@ class Attempt:
         self.was_running = state in LIVE_STATES
         await self.mechanism.check(vm, state)
         vm.process.find_groups()
+        guarded = contextlib.nullcontext() if vm.guard is None else vm.guard.armed(self.was_running)
+        with guarded:
+            await self._run(watch)
+
+    async def _run(self, watch: Watch) -> None:
+        vm = self.vm
         try:
-            await self.disks.prepare()
-            await self._choose_switch()
+            await self._prepare_disks()
             await self._prepare()
             self.since = len(vm.qmp.events)
             course = Course(
@@ -116,8 +121,8 @@ class Attempt:
             self.request_ns = time.monotonic_ns()
             await self.mechanism.request(course)
             self.completed = await self._await_bounded_end()
-            if self.qemu_switches:
-                self.disks.switched()
+            if self.qemu_switches_disks:
+                self.disks.note_switched()
             await watch.at(Moment.COMPLETED)
             await self.mechanism.finish(course)
             await watch.at(Moment.RUNNING)
@@ -148,16 +153,15 @@ class Attempt:
             where = {"channels": file_channel(self.partial)}
         await self.vm.execute("migrate", where)
 
-    async def _choose_switch(self) -> None:
-        """Have disks switched by QEMU where it can: the guest does not wait for the lab then.
-
-        Whoever holds the guest waits for the lab anyway, and finds the disks switched.
-        """
+    async def _prepare_disks(self) -> None:
+        """Have overlays ready, and whoever is to put them on top at the instant."""
         if not self.disks.has_disks:
             return
+        await self.disks.prepare()
+        # The guest does not wait for the lab where QEMU does it.
         known = await self.vm.execute("query-migrate-parameters")
-        self.qemu_switches = self.hold is None and self.mechanism.overlays in known
-        if not self.qemu_switches:
+        self.qemu_switches_disks = self.mechanism.overlays in known
+        if not self.qemu_switches_disks:
             self.hold = _one_after_the_other(self.disks.switch, self.hold)
 
     async def _prepare(self) -> None:
@@ -187,8 +191,8 @@ class Attempt:
         if self.how.direct_io or "direct-io" in await vm.execute("query-migrate-parameters"):
             parameters["direct-io"] = self.how.direct_io
         parameters |= self.mechanism.parameters(str(self.fault_log_path or ""))
-        if self.qemu_switches:
-            parameters[self.mechanism.overlays] = self.disks.wanted
+        if self.qemu_switches_disks:
+            parameters[self.mechanism.overlays] = self.disks.overlays
         await vm.execute("migrate-set-parameters", parameters)
         if self.storage is not None:
             # QEMU has a duplicate then.  With another one the end of the stream would not be seen.
@@ -300,7 +304,7 @@ class Attempt:
         """Leave QEMU as a guest that was never snapshotted would have it."""
         await self.vm.execute("migrate-set-capabilities", {"capabilities": _states(self.cleared)})
         await self.mechanism.reset(self.vm)
-        if self.qemu_switches:
+        if self.qemu_switches_disks:
             await self.vm.execute("migrate-set-parameters", {self.mechanism.overlays: []})
 
     async def _abort(self) -> None:
@@ -321,10 +325,7 @@ class Attempt:
         except LabError as error:
             log.error("taking back a %s snapshot: %s", self.how.name, error)
         finally:
-            if self.qemu_switches:
-                await self.disks.undo_unless_switched()
-            else:
-                await self.disks.undo()
+            await self.disks.undo()
 
     def ready_at_pause(self) -> ReadyRecord | None:
         """Return what the guest in the image has said: nothing if it was reset meanwhile."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lab.disks.frozen import changed
 from lab.disks.store import Store
 from lab.errors import GuestError, LaunchError, QmpError, RestoreError, UsageError
 from lab.qemu.build import find_qemu
@@ -90,6 +91,14 @@ async def _loaded(
             'restore it with accel="kvm"',
         )
     if check:
+        for disk in sidecar.disks:
+            if written := changed(disk):
+                raise RestoreError(
+                    f"{written} was written to after {name} was taken, so the disk on it is not "
+                    "the one of that instant",
+                    "restore that file from a copy; or use check=False, for a guest whose disk "
+                    "may be damaged",
+                )
         await check_image(image)
     try:
         launch = Launch(

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from lab.disks.frozen import FrozenDisk
 from lab.errors import RestoreError, UsageError
 from lab.guests.protocol import ReadyRecord
 from lab.qemu.build import QemuBinary
@@ -18,7 +19,6 @@ from lab.scenario.document import from_json
 from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
 from lab.snapshot.checksums import Checksums
-from lab.snapshot.disks import FrozenDisk
 from lab.vm.argv import CommandLine
 
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lab.disks.chain import Layer
+from lab.disks.frozen import FrozenDisk
 from lab.disks.store import Store
 from lab.errors import RestoreError, SnapshotError, UsageError
 from lab.guests.protocol import ReadyRecord
@@ -56,7 +57,8 @@ class Prepared:
         mark = self._writing.add_mark()
         size = partial.stat().st_size
         sums = await _checksums(partial, size) if checksums else None
-        sidecar = _sidecar(attempt, self._ready, size, mark, sums)
+        disks = await attempt.disks.frozen() if attempt.disks.has_disks else ()
+        sidecar = _sidecar(attempt, self._ready, size, mark, sums, disks)
         replaced = _replaced(self._image)
         for layer in _layers(sidecar):
             # Before the snapshot is there that needs it: until then this means nothing.
@@ -178,6 +180,7 @@ def _sidecar(
     size: int,
     mark: str,
     sums: Checksums | None,
+    disks: tuple[FrozenDisk, ...],
 ) -> Sidecar:
     vm, how = attempt.vm, attempt.how
     return Sidecar(
@@ -194,6 +197,6 @@ def _sidecar(
         boot_before=vm.boot_before if ready is None else None,
         binary=vm.binary,
         kernel_sha256=vm.guest.kernel_sha256,
-        disks=attempt.disks.frozen,
+        disks=disks,
         line=vm.line,
     )

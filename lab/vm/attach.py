@@ -30,6 +30,7 @@ from lab.vm.argv import CommandLine, device_ids, disks, read_command_line, requi
 from lab.vm.commandline import Launch
 from lab.vm.devices import DeviceFiles
 from lab.vm.disks import Disk, file_of
+from lab.vm.guard import guarded
 from lab.vm.launch import VMT
 from lab.vm.loops import OwnTask
 from lab.vm.peer import Peer, describe, find_process, put_back
@@ -84,7 +85,9 @@ def attached(kind: type[VMT], path: Path) -> OwnTask[VMT]:
 @contextlib.asynccontextmanager
 async def _attached(kind: type[VMT], path: Path) -> AsyncIterator[VMT]:
     async with contextlib.AsyncExitStack() as stack:
-        qmp = await stack.enter_async_context(connected(_monitor(path)))
+        monitor = _monitor(path)
+        guard = stack.enter_context(guarded(monitor.fileno()))
+        qmp = await stack.enter_async_context(connected(monitor))
         pid = await find_process(qmp)
         peer = await describe(qmp, pid)
         line = read_command_line(pid)
@@ -110,6 +113,7 @@ async def _attached(kind: type[VMT], path: Path) -> AsyncIterator[VMT]:
         guest = UsersImage(kernel_version="", kernel_sha256="")
         vm = kind(launch, process=process, qmp=qmp, console=Console(), guest=guest, files=files)
         vm.machine_type = peer.machine_type
+        vm.guard = guard
         try:
             yield vm
         finally:

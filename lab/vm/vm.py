@@ -14,6 +14,7 @@ from lab.host.memory import read_process
 from lab.host.process import QUIT_GRACE_S, Process
 from lab.vm.commandline import Launch
 from lab.vm.devices import DeviceFiles
+from lab.vm.guard import Guard
 from lab.vm.loops import OwnLoop, close_unawaited
 from lab.vm.memory import RamBlock, parse_ram_blocks
 from lab.vm.qmp import COMMAND_TIMEOUT_S, Qmp
@@ -45,6 +46,8 @@ class RunningVM:
         self.binary = launch.binary
         self.line = launch.line
         """How a VM that the lab did not start was started; None for one of the lab's."""
+        self.guard: Guard | None = None
+        """What lets somebody else's VM run on if the lab is killed; None of the lab's own."""
         self.guest = guest
         self.files = files
         """What the devices stand on: disks, ports, the socket of VNC."""

@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -279,3 +280,55 @@ async def test_what_could_be_taken_and_not_restored_is_told_at_once(
     first, *_, plugged = [record.getMessage() for record in caplog.records]
     assert "could not be restored: -netdev socket (id net) stands on a file" in first
     assert "(later)" in plugged
+
+
+KILLED = """
+import asyncio, os, signal, sys
+import lab
+from lab.snapshot.take import take
+
+async def main(monitor, path, method):
+    async def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    async with lab.attach(monitor) as vm:
+        await take(vm, path, method, hold=die)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("variant", "method"),
+    [
+        ("patched", "live"),
+        ("patched", "stop-and-copy"),
+        ("unpatched", "background"),
+        ("unpatched", "migrate-to-file"),
+    ],
+)
+async def test_a_vm_runs_on_when_the_lab_is_killed_while_it_holds_it(
+    tmp_path: Path, variant: Variant, method: str
+) -> None:
+    disk = await made(tmp_path / "disk.raw", "raw")
+    log = tmp_path / "log"
+    async with started(variant, tmp_path, *arguments("drive", disk)) as (monitor, _):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", KILLED, str(monitor), str(tmp_path / "a.snap"), method)
+        )
+        assert await process.wait() == -signal.SIGKILL
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    async with lab.attach(monitor) as vm:
+                        while not await vm.is_running():
+                            await asyncio.sleep(0.05)
+                        await write(vm, 0x11, log)
+                        await vm.snapshot(tmp_path / "b.snap", method)
+                    break
+                except LabError:
+                    # The monitor is still taken, or a migration still ends.
+                    await asyncio.sleep(0.2)
+        async with lab.restore(tmp_path / "b.snap") as vm:
+            assert await holds(vm, 0x11, vm.process.log_path)
+    assert not (tmp_path / "a.snap").exists()

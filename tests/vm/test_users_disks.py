@@ -15,7 +15,7 @@ import pytest
 
 import lab
 from lab.disks.store import Store
-from lab.errors import HostError, LabError, SnapshotError
+from lab.errors import HostError, LabError, RestoreError, SnapshotError
 from lab.qemu.build import find_qemu
 from lab.session import VM
 from lab.snapshot.image import read_sidecar
@@ -300,6 +300,21 @@ async def test_snapshots_of_one_name_keep_the_layers_of_the_last(
     assert len(_files(layers)) == 1
     async with lab.restore(tmp_path / "a.snap") as vm:
         assert await holds(vm, 2)
+
+
+async def test_an_image_that_was_written_to_since_is_refused(tmp_path: Path) -> None:
+    image = await new_image(tmp_path / "a.raw", "raw")
+    async with lab.boot(machine(image)) as vm:
+        await vm.snapshot(tmp_path / "a.snap")
+    async with lab.restore(tmp_path / "a.snap") as vm:
+        assert await vm.is_running()
+    with image.open("r+b") as file:
+        file.write(b"later")
+    with pytest.raises(RestoreError, match=r"a\.raw was written to after a\.snap was taken"):
+        async with lab.restore(tmp_path / "a.snap"):
+            pass
+    async with lab.restore(tmp_path / "a.snap", check=False) as vm:
+        assert await vm.is_running()
 
 
 async def test_a_guest_that_ends_leaves_no_layer(tmp_path: Path, layers: Path) -> None:

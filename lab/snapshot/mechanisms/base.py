@@ -57,11 +57,11 @@ class Mechanism:
     logs_faults: ClassVar[bool] = False
     """Whether QEMU writes a log of the guest's write faults."""
 
+    overlays: ClassVar[str] = ""
+    """The migration parameter by which QEMU puts overlays on disks at the instant by itself."""
+
     writes_again: ClassVar[bool] = False
     """Whether a page goes to the image again when the guest has written to it meanwhile."""
-
-    overlays: ClassVar[str] = ""
-    """The migration parameter by which QEMU puts overlays on disks at the instant, if it has it."""
 
     fatal_states: ClassVar[tuple[str, ...]] = (*UNTRANSFERABLE, "suspended")
     """Run states in which the unpatched QEMU ends from this migration.  From `suspended` it would

@@ -325,7 +325,8 @@ class _Guest:
         finally:
             await vm.cont()
             await switch.undo()
-        return Path(switch.frozen[0].layer)
+        [frozen] = await switch.frozen()
+        return Path(frozen.layer)
 
     async def _regions_now(self) -> list[bytes]:
         """Read the disks as they are now."""

@@ -54,6 +54,8 @@ def write_sidecar(snapshot: Path, layers: list[Layer]) -> None:
             "layer": str(layer.path),
             "format": layer.format,
             "virtual_bytes": layer.virtual_bytes,
+            "named": "",
+            "stands_on": [],
         }
         for k, layer in enumerate(layers)
     ]

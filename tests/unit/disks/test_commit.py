@@ -8,12 +8,13 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from lab.disks import commit as room
 from lab.disks.chain import Layer, read_chain
 from lab.disks.commit import commit, export
-from lab.disks.frozen import FrozenDisk, frozen_disks
+from lab.disks.frozen import FrozenDisk, Stamp, frozen_disks
 from lab.disks.store import HeldLayer, Store
 from lab.errors import HostError, LabError, UsageError
 from tests.unit.disks.conftest import Make, call
@@ -356,11 +357,16 @@ async def test_an_exported_raw_disk_has_holes(
 def test_the_disks_of_a_snapshot_are_those_that_its_sidecar_names(tmp_path: Path) -> None:
     snapshot = tmp_path / "a.snap"
     sidecar = tmp_path / "a.snap.json"
-    disk = {"node": "disk0", "layer": "/x/y.qcow2", "format": "qcow2", "virtual_bytes": 1 << 30}
-    sidecar.write_text(json.dumps({"mark": MARK, "disks": [disk]}))
-    assert frozen_disks(snapshot) == (
-        FrozenDisk(node="disk0", layer=Path("/x/y.qcow2"), format="qcow2", virtual_bytes=1 << 30),
+    disk = FrozenDisk(
+        node="disk0",
+        layer="/x/y.qcow2",
+        format="qcow2",
+        virtual_bytes=1 << 30,
+        named="",
+        stands_on=(Stamp(path="/x/base.raw", bytes=1 << 30, mtime_ns=1),),
     )
+    sidecar.write_text(json.dumps({"mark": MARK, "disks": [msgspec.to_builtins(disk)]}))
+    assert frozen_disks(snapshot) == (disk,)
 
     sidecar.write_text(json.dumps({"mark": MARK}))
     assert frozen_disks(snapshot) == ()

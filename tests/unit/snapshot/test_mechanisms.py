@@ -103,10 +103,12 @@ def test_only_the_patched_background_is_asked_for_an_engine_a_log_and_a_hold() -
         "x-snapshot-engine": "rfc",
         "x-snapshot-fault-log": "log",
     }
+    assert patched.overlays
     assert patched.capabilities(hold=True)["pause-before-switchover"]
     for method in ("background", "migrate-to-file", "stop-and-copy"):
         other = mechanism_of(METHODS[method], "unpatched")
         assert not other.parameters("")
+        assert not other.overlays
         assert not other.capabilities(hold=True).get("pause-before-switchover")
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from lab.disks.frozen import FrozenDisk, Stamp
 from lab.errors import RestoreError
 from lab.guests.protocol import ReadyRecord
 from lab.qemu.build import QemuBinary
 from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
 from lab.snapshot.checksums import Checksums
-from lab.snapshot.disks import FrozenDisk
 from lab.snapshot.image import check_image, open_image, read_sidecar
 from lab.snapshot.sidecar import Sidecar, sidecar_path
 from lab.vm.argv import CommandLine
@@ -87,7 +87,12 @@ def test_the_sidecar_of_an_image_that_could_have_no_disks_yet_is_read(image: Pat
 
 def test_the_frozen_disks_of_a_vm_and_how_it_was_started_survive(image: Path) -> None:
     disk = FrozenDisk(
-        node="disk0", layer="/l/a.qcow2", format="qcow2", virtual_bytes=1 << 30, named="/d.raw"
+        node="disk0",
+        layer="/l/a.qcow2",
+        format="qcow2",
+        virtual_bytes=1 << 30,
+        named="/d.raw",
+        stands_on=(Stamp(path="/d.raw", bytes=1 << 30, mtime_ns=1),),
     )
     line = CommandLine(Path("/usr/bin/qemu"), ("-hda", "d,,.raw"), Path("/"))
     users = msgspec.structs.replace(
