@@ -101,7 +101,9 @@ async def test_it_is_found_when_they_are_not(spoil: Spoil, case: Case, tmp_path:
         assert is_later == (spoil == "later")
 
 
-def test_a_record_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_is_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layers: Path
+) -> None:
     out = tmp_path / "record.json"
     arguments = ["stamps", "--seed", "1", "--method", "live", "--out", str(out), "--json"]
     assert command_line.main([*arguments, "--instants", "1"]) == 0
@@ -112,3 +114,5 @@ def test_a_record_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [one.seed for one in record.cases] == [1, 2]
     assert command_line.main(["stamps", "--seed", "2", "--out", str(out)]) == 2
     assert "--seed 1" in capsys.readouterr().err
+    # The command has layers of its own.
+    assert list(layers.iterdir()) == []
