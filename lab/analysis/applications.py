@@ -279,8 +279,8 @@ def df_requests(run_set: RunSet) -> pd.DataFrame:
     """Every request that was stored of a set's runs, for figures.
 
     Columns: run, method, round, ms (when it was due, since the snapshot's request), latency_ms,
-    ok, censored, and during (whether it was outstanding at an instant of the window: from the
-    request until 0.5 s after the end).
+    ok, censored, during (whether it was outstanding at an instant of the window: from the request
+    until 0.5 s after the end), and end_ms (when the method ended, since the request).
     """
     parts = []
     for run in _runs(run_set):
@@ -299,10 +299,13 @@ def df_requests(run_set: RunSet) -> pd.DataFrame:
                     "ok": table["ok"],
                     "censored": table["censored"],
                     "during": done >= marks.request_ns,
+                    "end_ms": _since(marks.request_ns, marks.end_ns),
                 }
             )
         )
-    columns = ["run", "method", "round", "ms", "latency_ms", "ok", "censored", "during"]
+    columns = [
+        *("run", "method", "round", "ms", "latency_ms", "ok", "censored", "during", "end_ms")
+    ]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 

@@ -26,6 +26,9 @@ from lab.stats import median
 _OTHERS = {NONE: GREY, BGSAVE: OTHER_COLOURS[6], SNAPSHOT_SAVE: OTHER_COLOURS[0]}
 # As many points as an eye tells apart in a row; the slowest are always among them.
 _MOST_POINTS = 4000
+_LONGEST = 3.0
+"""A method that takes more than so many times as long as the middle one is cut short in figures."""
+_HIGHEST_PERCENT = 200.0
 
 
 def _colour(method: str) -> str:
@@ -41,9 +44,18 @@ def _rows(table: pd.DataFrame) -> list[Axes]:
     return panels(count, size=(7.2, 0.6 + 0.85 * count), rows=True)
 
 
-def _named(ax: Axes, method: str) -> None:
-    ax.set_title(method, fontsize=9, pad=2)
+def _shown_until_ms(table: pd.DataFrame) -> float:
+    """Where the axis ends: one method that takes many times as long would hide the others."""
+    ends = table.groupby("method", sort=False)["end_ms"].max()
+    return min(float(ends.max()), _LONGEST * median(ends.to_numpy())) + 600
+
+
+def _named(ax: Axes, method: str, end_ms: float, until_ms: float) -> None:
+    beyond = f", which goes on until {end_ms / 1000:.3g} s" if end_ms > until_ms else ""
+    ax.set_title(method + beyond, fontsize=9, pad=2)
     ax.tick_params(labelsize=7)
+    ax.axvline(0, color="#555555", linewidth=0.6)
+    ax.axvline(end_ms, color="#555555", linewidth=0.8, linestyle=":")
 
 
 def _in_order(table: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
@@ -55,7 +67,8 @@ def _in_order(table: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
     title="Requests done around the snapshot (dark: VM paused)",
     caption="One round per method, the one of median duration: requests that were done in each "
     "10 ms, against the second before; a dotted line is where the method ended.",
-    limits="It does not show how long single requests took, nor how rounds differ.",
+    limits="It does not show how long single requests took, nor how rounds differ; bins with more "
+    "than twice the rate of before are cut off.",
     table=lambda run_set: _in_order(df_application_throughput(run_set), run_set.methods),
     needs=("throughput",),
     one_boot=True,
@@ -68,7 +81,7 @@ def plot_application_throughput(table: pd.DataFrame) -> list[Axes]:
         method.
     """
     axes = _rows(table)
-    until_ms = float(table["end_ms"].max()) + 500
+    until_ms = _shown_until_ms(table)
     for ax, (method, part) in zip(axes, _by_method(table), strict=True):
         ax.plot(part["ms"], 100 * part["share"], color=_colour(method), linewidth=0.8)
         first = part.iloc[0]
@@ -76,10 +89,8 @@ def plot_application_throughput(table: pd.DataFrame) -> list[Axes]:
             # A pause of 2 ms would be thinner than a pixel.
             shown = max(first["resume_ms"], first["stop_ms"] + 0.003 * until_ms)
             ax.axvspan(first["stop_ms"], shown, color="#333333", linewidth=0, zorder=3)
-        ax.axvline(0, color="#555555", linewidth=0.6)
-        ax.axvline(first["end_ms"], color="#555555", linewidth=0.8, linestyle=":")
-        ax.set_ylim(bottom=0)
-        _named(ax, method)
+        ax.set_ylim(0, _HIGHEST_PERCENT)
+        _named(ax, method, float(first["end_ms"]), until_ms)
     axes[0].set_xlim(-500, until_ms)
     axes[len(axes) // 2].set_ylabel("% of the rate before")
     axes[-1].set_xlabel("ms since the request for the snapshot")
@@ -103,15 +114,16 @@ def plot_requests(table: pd.DataFrame) -> list[Axes]:
     :param table: rows of `lab.analysis.applications.df_requests`, of one round per method.
     """
     axes = _rows(table)
+    until_ms = _shown_until_ms(table)
     for ax, (method, part) in zip(axes, _by_method(table), strict=True):
         slow = part.sort_values("latency_ms", ascending=False, kind="stable")
         ordered = pd.concat([slow.head(_MOST_POINTS // 2), slow.iloc[_MOST_POINTS // 2 :: 7]])
         shown = ordered[ordered["ok"]].head(_MOST_POINTS)
         ax.plot(shown["ms"], shown["latency_ms"], ".", color=_colour(method), markersize=1.5)
-        ax.axvline(0, color="#555555", linewidth=0.6)
         log_scale(ax.yaxis)
-        _named(ax, method)
-    axes[0].set_xlim(-500, None)
+        ax.set_ylim(0.7 * table["latency_ms"].min(), 1.5 * table["latency_ms"].max())
+        _named(ax, method, float(part["end_ms"].iloc[0]), until_ms)
+    axes[0].set_xlim(-500, until_ms)
     axes[len(axes) // 2].set_ylabel("latency, ms")
     axes[-1].set_xlabel("due, ms since the request for the snapshot")
     return axes

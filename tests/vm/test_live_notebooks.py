@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from lab.errors import HostError
+from lab.guests.debian.build import find_debian
 from lab.measure.campaign import open_set, plan_here, plan_of
 from lab.measure.ground import survey
 from lab.report import notebooks
@@ -52,6 +54,13 @@ async def skip_without_accelerator(recorded: RunSet) -> None:
         pytest.skip(f"{recorded.name}: {problem}")
 
 
+def skip_without_debian() -> None:
+    try:
+        find_debian()
+    except HostError as error:
+        pytest.skip(str(error))
+
+
 def small_set(recorded: RunSet, folder: Path) -> RunSet:
     """A set of nothing but a plan, which is all that measuring again asks for."""
     plan = smaller(plan_here(plan_of(recorded)))
@@ -64,9 +73,11 @@ async def test_it_runs_live(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
     parameters: dict[str, Any] = {"LIVE": True}
     for parameter, name in notebooks.sets_named(path).items():
         recorded = load_set(ROOT / "data" / name)
-        if recorded.kind != "floor":
+        if recorded.kind == "snapshot":
             await skip_without_accelerator(recorded)
-        shown = recorded if recorded.kind == "floor" else small_set(recorded, tmp_path)
+        if recorded.kind == "applications":
+            skip_without_debian()
+        shown = small_set(recorded, tmp_path) if recorded.kind == "snapshot" else recorded
         parameters[parameter] = str(shown.path)
     target = tmp_path / "live.ipynb"
     await notebooks.execute(path, target, parameters, timeout_s=TIMEOUT_S)
