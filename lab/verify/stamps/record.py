@@ -30,7 +30,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Cases that were drawn from one seed, and the host.
 
     `instants` and the like are sums over `cases`.  `seed` is that of the first; each names its own,
-    from which it was drawn, and the next one has the next.
+    from which it was drawn.
     """
 
     schema: str

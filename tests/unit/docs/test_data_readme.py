@@ -23,6 +23,7 @@ from lab.scenario.dimensions import Dimension
 from lab.scenario.machine import RamKind
 from lab.scenario.methods import METHODS
 from lab.verify.soak.record import read_record, summarise
+from lab.verify.stamps import record as stamps
 from tests.support.paths import DATA
 
 _TABLE = (DATA / "README.md").read_text(encoding="utf-8").split("\n## The sets\n")[1]
@@ -136,6 +137,16 @@ def test_the_patches_broke_none_of_qemus_own_tests() -> None:
     assert set(record.results) == set(record.tests)
     passed = [name for name, result in record.results.items() if result.patched == "passed"]
     assert len(passed) > len(record.tests) / 2
+
+
+def test_of_the_recorded_proofs_every_snapshot_is_of_one_instant() -> None:
+    record = stamps.SCHEMA.read(DATA / "stamps.json")
+    assert record.one_instant == record.instants == sum(one.instants for one in record.cases)
+    assert {one.case.disk for one in record.cases} == {"virtio", "ide", "scsi"}
+    assert {one.case.disks for one in record.cases} == {1, 2, 3, 4}
+    assert {one.case.cache for one in record.cases} == {"writeback", "none"}
+    assert {one.case.image_format for one in record.cases} == {"raw", "qcow2"}
+    assert len({one.seed for one in record.cases}) == len(record.cases)
 
 
 def test_all_recorded_sets_together_are_small() -> None:
