@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from lab.errors import UsageError
-from lab.guests.debian.build import find_debian
+from lab.guests.debian.build import key_of
 from lab.guests.debian.shell import in_guest, wait_for_ssh
 from lab.instruments.instrument import Moment, Watch
 from lab.instruments.progress import ProgressSampler, sampling
@@ -79,7 +79,12 @@ class VM(RunningVM):
         :raise GuestError: the command fails; the error has its last line.
         :raise GuestSilentError: no answer in time.
         """
-        key = find_debian().key
+        key = key_of(Path(self.machine.image[0])) if self.machine.image else None
+        if key is None:
+            raise UsageError(
+                "commands run in the lab's Debian alone, and this is another guest",
+                "log in to it by its console, or a port of its",
+            )
         if 22 not in self.ports:
             raise UsageError(
                 "no port of this host leads to the guest's ssh", 'boot it with forward=("0:22",)'

@@ -125,6 +125,15 @@ def find_debian() -> DebianDisk:
     raise HostError(f"the lab's Debian {what}", _REMEDY)
 
 
+def key_of(disk: Path) -> Path | None:
+    """The key with which root logs in to a guest of a disk; None of a disk that is not Debian's.
+
+    Every build has its own, and guests go on from the disks of old ones.
+    """
+    found = _read(disk.parent)
+    return found.key if found is not None and found.disk == disk else None
+
+
 def _read(folder: Path) -> DebianDisk | None:
     try:
         told = json.loads((folder / "debian.json").read_text())
