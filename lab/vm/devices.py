@@ -169,6 +169,9 @@ def _users_disks(machine: Machine, files: DeviceFiles) -> list[str]:
         node = blockdev(disk.node, disk.layer.path, direct=disk.direct, aio=disk.aio)
         arguments += ["-blockdev", json.dumps(node)]
         device = f"{_MODELS[machine.disk]},drive={disk.node},id=drive{number}{thread}"
+        if machine.disk == "ide" and machine.chipset == "pc":
+            # Two channels of two; left alone QEMU puts all on the first one.
+            device += f",bus=ide.{number // 2},unit={number % 2}"
         # A kernel of the user's has the first place itself.
         arguments += ["-device", device if machine.kernel else f"{device},bootindex={number}"]
     return arguments
