@@ -21,6 +21,8 @@ pytestmark = [
     pytest.mark.notebook,
     pytest.mark.thorough,
     pytest.mark.platforms("tcg"),
+    # How long it takes is the host's business: one that is busy takes ten times as long.
+    pytest.mark.timeout(3600),
 ]
 
 PATHS = notebooks.notebook_paths(ROOT / "notebooks")
@@ -28,7 +30,7 @@ RAM_MIB = 192
 WSS_MIB = 32
 KNOWN_FAULTS = (7, 13)  # as many as 32 MiB hold in pages apart
 METHODS = ("live", "background", "migrate-to-file")
-TIMEOUT_S = 300.0
+TIMEOUT_S = 3600.0
 
 
 def smaller(plan: Plan) -> Plan:
