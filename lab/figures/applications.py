@@ -100,8 +100,8 @@ def plot_application_throughput(table: pd.DataFrame) -> list[Axes]:
 @figure(
     title="Each request: when it was due, and how long it took",
     caption="One round per method, the one of median duration. A point is a request; of many alike "
-    "only some are drawn, of the slowest all. A row of points that falls is a stop: the later a "
-    "request came in it, the less it had left to wait.",
+    "only some are drawn, of the slowest all. Points high above the others with a gap behind them "
+    "are a stop: each connection had asked, and waits for all of it.",
     limits="The scale is logarithmic; what is refused or not answered is not drawn.",
     table=lambda run_set: _in_order(df_requests(run_set), run_set.methods),
     needs=("requests",),

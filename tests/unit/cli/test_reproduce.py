@@ -120,9 +120,15 @@ async def test_a_set_whose_accelerator_is_not_here_is_shown_as_it_was_recorded(
     monkeypatch.setattr("lab.vm.accelerator.kvm_guest_problem", problem)
     monkeypatch.setattr("lab.cli.reproduce._measured", measured)
     monkeypatch.setattr("lab.cli.floor.run_floor", floor)
+
+    async def applications(plan: ApplicationsPlan, out: Path, *, note: str) -> None:
+        assert plan.rounds == 1
+        asked.append(out.name)
+
+    monkeypatch.setattr("lab.cli.applications.run_applications", applications)
     own = await _other_sets(tmp_path, "", 1)
     assert sorted(own) == sorted(asked)
-    assert {"kvm-methods", "floor"} <= set(own)
+    assert {"kvm-methods", "floor", "redis-set"} <= set(own)
     assert "kvm-large" not in own
     assert "kvm-large is shown as it was recorded: there is no KVM" in capsys.readouterr().err
 

@@ -90,7 +90,7 @@ def test_the_command_of_a_campaign_measures_it(name: str) -> None:
     made = (
         plan_from_arguments(args, DEFAULTS)
         if isinstance(plan, Plan)
-        else from_arguments(FloorPlan, args)
+        else from_arguments(type(plan), args)
     )
     assert made == plan
 
