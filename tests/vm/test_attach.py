@@ -250,7 +250,8 @@ async def test_the_command_line_takes_one_of_a_running_vm(tmp_path: Path) -> Non
     disk = await made(tmp_path / "disk.raw", "raw")
     async with started("patched", tmp_path, *arguments("drive", disk)) as (monitor, _):
         process = await asyncio.create_subprocess_exec(
-            *("lab", "snapshot", "--qmp", str(monitor), str(tmp_path / "a.snap")),
+            *(sys.executable, "-m", "lab", "snapshot"),
+            *("--qmp", str(monitor), str(tmp_path / "a.snap")),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
