@@ -16,6 +16,7 @@ import pytest
 import lab
 from lab.disks.store import Store
 from lab.errors import HostError, LabError, RestoreError, SnapshotError
+from lab.guests.image.guest import uefi_code
 from lab.qemu.build import find_qemu
 from lab.session import VM
 from lab.snapshot.image import read_sidecar
@@ -365,3 +366,24 @@ async def test_a_port_of_the_host_leads_to_the_guest_or_is_refused(tmp_path: Pat
         with pytest.raises(HostError, match=f"port {vm.ports[22]} of this host"):
             async with lab.boot(taken):
                 pass
+
+
+async def test_uefi_boots_with_variables_of_its_own_and_comes_back(tmp_path: Path) -> None:
+    try:
+        code = uefi_code()
+    except HostError as error:
+        pytest.skip(error.cause)
+    variables = tmp_path / "vars"
+    variables.write_bytes(code.with_name(code.name.replace("CODE", "VARS")).read_bytes())
+    before = digest(variables)
+    image = await new_image(tmp_path / "a.raw", "raw")
+    users = machine(image, chipset="q35", firmware="uefi", uefi_vars=str(variables))
+    async with lab.boot(dataclasses.replace(users, ram_mib=256)) as vm:
+        await vm.console.wait_text("BdsDxe", timeout_s=300)
+        await write(vm, 0x11)
+        await vm.snapshot(tmp_path / "a.snap")
+    async with lab.restore(tmp_path / "a.snap") as vm:
+        assert await holds(vm, 0x11)
+        await vm.snapshot(tmp_path / "b.snap")
+        assert await vm.is_running()
+    assert digest(variables) == before
