@@ -123,7 +123,7 @@ class VM(RunningVM):
         :param storage_mib_per_s: write the image no faster than that, as if to a slower disk; 0 is
             no limit.  Only for methods that write one byte after the other.
         :param disks: freeze the disks as well; without them the snapshot is of the memory alone,
-            and a guest that is restored from it finds its disks as they are by then.
+            and is restored only with `check=False`, on the image as it was before the boot.
         :param checksums: write checksums of the image into the sidecar, for `restore` to check.
             They are made after all that is measured, while the guest runs: all CPUs of the host
             read the image for a second or less a GiB.
@@ -209,7 +209,8 @@ def attach(socket: str | Path) -> AbstractAsyncContextManager[VM]:
         else may be connected to.
     :raise UsageError: nothing answers there, or the command line cannot be understood.
     :raise HostError: QEMU is another user's, or in another container.
-    :raise SnapshotError: it has a disk that cannot be frozen, or a migration runs.
+    :raise SnapshotError: a migration runs.  That a disk cannot be frozen is told when a snapshot
+        is to freeze it.
     :raise QmpError: what answers is no QEMU, or one that is too old.
     """
     return attached(VM, Path(socket))

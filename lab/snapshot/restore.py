@@ -91,6 +91,12 @@ async def _loaded(
             'restore it with accel="kvm"',
         )
     if check:
+        if sidecar.machine.image and not sidecar.disks:
+            raise RestoreError(
+                f"{name} is of the memory alone, and its guest has a disk, which is not as it was",
+                "take a snapshot with its disks; or use check=False, for a guest whose disk may "
+                "be damaged",
+            )
         for disk in sidecar.disks:
             if written := changed(disk):
                 raise RestoreError(

@@ -91,6 +91,8 @@ async def prepared(
             f"{method} needs the {how.binary} QEMU and this guest runs on the {vm.binary.variant}",
             f'boot with binary="{how.binary}", or choose from: {_possible(vm.binary.variant)}',
         )
+    if disks and vm.disk_problem is not None:
+        raise vm.disk_problem
     check_storage(how, Storage(storage_mib_per_s=storage_mib_per_s))
     with vm.busy_with(f"a {method} snapshot"):
         image = Path(path).absolute()

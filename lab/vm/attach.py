@@ -18,7 +18,7 @@ import psutil
 
 from lab.disks.chain import Layer, read_chain
 from lab.disks.overlay import create_overlay
-from lab.errors import SnapshotError, UsageError
+from lab.errors import LabError, SnapshotError, UsageError
 from lab.guests.console import Console
 from lab.guests.image.guest import UsersImage
 from lab.host.process import Process
@@ -94,7 +94,8 @@ async def _attached(kind: type[VMT], path: Path) -> AsyncIterator[VMT]:
         _tell_what_is_not_restored(peer, line)
         folder = stack.enter_context(private_folder("lab-attached-"))
         binary = _binary(peer, line)
-        files = DeviceFiles(folder, await _disks(qmp, line, binary.qemu_img))
+        found, problem = await _disks(qmp, line, binary.qemu_img)
+        files = DeviceFiles(folder, found)
         machine = Machine(
             ram_mib=peer.ram_mib,
             vcpus=peer.vcpus,
@@ -114,6 +115,7 @@ async def _attached(kind: type[VMT], path: Path) -> AsyncIterator[VMT]:
         vm = kind(launch, process=process, qmp=qmp, console=Console(), guest=guest, files=files)
         vm.machine_type = peer.machine_type
         vm.guard = guard
+        vm.disk_problem = problem
         try:
             yield vm
         finally:
@@ -161,10 +163,10 @@ def _binary(peer: Peer, line: CommandLine) -> QemuBinary:
     )
 
 
-async def _disks(qmp: Qmp, line: CommandLine, qemu_img: Path) -> list[Disk]:
-    """Return the disks that a VM writes to.
+async def _disks(qmp: Qmp, line: CommandLine, qemu_img: Path) -> tuple[list[Disk], LabError | None]:
+    """Return the disks that a VM writes to, and why they cannot be frozen, where they cannot.
 
-    :raise SnapshotError: when one is no file, or not on the command line.
+    :raise UsageError: the command line cannot be understood.
     """
     named = [option.path for option in disks(line) if option.path is not None]
     found = []
@@ -172,8 +174,12 @@ async def _disks(qmp: Qmp, line: CommandLine, qemu_img: Path) -> list[Disk]:
         inserted = block.get("inserted")
         if inserted is None or inserted["ro"] or not (block.get("qdev") or block["device"]):
             continue
-        found.append(await _disk(inserted, line.folder, named, qemu_img))
-    return found
+        try:
+            found.append(await _disk(inserted, line.folder, named, qemu_img))
+        except LabError as error:
+            # A snapshot of the memory alone can be taken nevertheless.
+            return [], error
+    return found, None
 
 
 async def _disk(

@@ -48,6 +48,8 @@ class RunningVM:
         """How a VM that the lab did not start was started; None for one of the lab's."""
         self.guard: Guard | None = None
         """What lets somebody else's VM run on if the lab is killed; None of the lab's own."""
+        self.disk_problem: LabError | None = None
+        """Why the disks of somebody else's VM cannot be frozen; None where they can."""
         self.guest = guest
         self.files = files
         """What the devices stand on: disks, ports, the socket of VNC."""

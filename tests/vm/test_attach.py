@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import lab
-from lab.errors import LabError, UsageError
+from lab.errors import LabError, SnapshotError, UsageError
 from lab.qemu.build import find_qemu
 from lab.scenario.methods import Variant
 from lab.session import VM
@@ -188,6 +188,16 @@ async def test_memory_alone_leaves_the_disk_alone(tmp_path: Path) -> None:
         node = next(b for b in await vm.execute("query-block") if b.get("inserted"))
         assert node["inserted"]["image"]["filename"] == str(disk)
     assert not list(tmp_path.glob("disk.*.qcow2"))
+
+
+async def test_a_disk_that_cannot_be_frozen_is_told_when_it_is_to_be(tmp_path: Path) -> None:
+    null = ("-drive", "driver=null-co,if=virtio,size=1M,read-zeroes=on")
+    async with started("patched", tmp_path, *null) as (monitor, _), lab.attach(monitor) as vm:
+        with pytest.raises(SnapshotError, match="is no file, so no overlay has a place") as caught:
+            await vm.snapshot(tmp_path / "a.snap")
+        assert "\n" not in str(caught.value)
+        await vm.snapshot(tmp_path / "a.snap", disks=False)
+        assert await vm.is_running()
 
 
 async def test_a_snapshot_that_fails_leaves_the_vm_and_its_disk_as_they_were(

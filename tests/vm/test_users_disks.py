@@ -159,6 +159,11 @@ async def test_a_snapshot_without_disks_leaves_the_chain_alone(tmp_path: Path) -
         await vm.snapshot(tmp_path / "a.snap", disks=False)
         assert vm.files.disks[0].node == node
     assert read_sidecar(tmp_path / "a.snap").disks == ()
+    with pytest.raises(RestoreError, match="of the memory alone, and its guest has a disk"):
+        async with lab.restore(tmp_path / "a.snap"):
+            pass
+    async with lab.restore(tmp_path / "a.snap", check=False) as vm:
+        assert await vm.is_running()
 
 
 async def test_a_snapshot_that_is_cancelled_or_refused_takes_the_overlays_back(
