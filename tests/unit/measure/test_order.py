@@ -41,6 +41,7 @@ from lab.scenario.scenario import Scenario
 from lab.scenario.workload import Workload
 from lab.session import VM
 from lab.vm.commandline import Launch
+from lab.vm.devices import DeviceFiles
 from lab.vm.memory import RamBlock
 from lab.vm.qmp import Event
 
@@ -112,6 +113,9 @@ class Clock:
         )
 
 
+CAPABILITIES = ["events", "background-snapshot", "mapped-ram", "multifd", "pause-before-switchover"]
+
+
 class Monitor:
     """A QEMU that takes a snapshot at once, of the one kind or the other."""
 
@@ -155,6 +159,8 @@ class Monitor:
                 self._happen("RESUME")
             case "query-status":
                 return {"status": "running" if self.running else "postmigrate"}
+            case "query-migrate-capabilities":
+                return [{"capability": name, "state": False} for name in CAPABILITIES]
             case "query-yank" | "query-cpus-fast":
                 return []
         return {}
@@ -163,6 +169,7 @@ class Monitor:
 class Process:
     pid = os.getpid()
     exit_code = None
+    is_others = False
 
     def __init__(self, workdir: Path) -> None:
         self.workdir = workdir
@@ -190,7 +197,7 @@ class FakeVM(VM):
             qmp=cast(Any, Monitor(diary)),
             console=cast(Any, None),
             guest=cast(Any, type("Guest", (), {"kernel_sha256": "1"})),
-            files=cast(Any, None),
+            files=DeviceFiles(workdir),
         )
         self._ready = READY
 
