@@ -91,10 +91,10 @@ async def test_applications_have_all_of_before_the_instant_and_nothing_of_after(
             f'runuser -u postgres -- psql -At -d lab -c "{SUMS}"', timeout_s=READY_S
         )
         assert len(set(sums.strip().split("|"))) == 1, sums
-        check = "runuser -u postgres -- pg_amcheck --install-missing lab"
+        check = "runuser -u postgres -- /usr/lib/postgresql/*/bin/pg_amcheck --install-missing lab"
         await again.shell(check, timeout_s=READY_S)
         sqlite = await again.shell(
-            'pkill -f nohup; sqlite3 /root/t.db "pragma integrity_check"', timeout_s=READY_S
+            'sqlite3 -cmd ".timeout 60000" /root/t.db "pragma integrity_check"', timeout_s=READY_S
         )
         assert sqlite.strip().splitlines()[-1] == "ok"
 
