@@ -203,7 +203,8 @@ def attach(socket: str | Path) -> AbstractAsyncContextManager[VM]:
     it can be restored: its command line is recorded, and restored with what would get into the way
     of the VM itself changed.  Its disks are frozen as a guest's of the lab are; the layers that it
     writes to from then on lie beside its disks, and whoever starts it again has to name them, as
-    after any external snapshot.  `lab disk commit` puts them back into the disk.
+    after any external snapshot.  Once no snapshot needs a disk as it was, and the VM has ended,
+    `qemu-img commit` puts what is in a layer back into the disk.
 
     :param socket: of QEMU's monitor, as `-qmp unix:PATH,server=on,wait=off` makes it, which nobody
         else may be connected to.

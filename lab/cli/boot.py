@@ -62,13 +62,21 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
 async def _boot(args: argparse.Namespace) -> int:
     from lab.session import boot
 
-    machine = from_arguments(Machine, args)
-    workload = from_arguments(Workload, args)
-    if machine.is_users and not hasattr(args, "workload"):
-        workload = dataclasses.replace(workload, kind="idle")
+    machine, workload = machine_and_workload(args)
     async with boot(machine, workload, binary=args.binary, socket=args.qmp) as vm:
         await show(vm, args)
     return 0
+
+
+def machine_and_workload(args: argparse.Namespace) -> tuple[Machine, Workload]:
+    """What is to be booted; a user's guest does no workload of the lab's.
+
+    :raise UsageError: a value that cannot work.
+    """
+    machine, workload = from_arguments(Machine, args), from_arguments(Workload, args)
+    if machine.is_users and not hasattr(args, "workload"):
+        workload = dataclasses.replace(workload, kind="idle")
+    return machine, workload
 
 
 async def show(vm: "VM", args: argparse.Namespace) -> None:

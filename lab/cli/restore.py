@@ -38,11 +38,19 @@ def register(subparsers: Subparsers) -> None:
         choices=get_args(Accel),
         help="QEMU's accelerator (default: the one that it was taken under)",
     )
-    parser.add_argument(
+    ports = parser.add_mutually_exclusive_group()
+    ports.add_argument(
         "--forward",
         action="append",
         metavar="HOST:GUEST",
         help="ports of this host that lead to the guest's, in place of those that it had",
+    )
+    ports.add_argument(
+        "--no-forward",
+        dest="forward",
+        action="store_const",
+        const=(),
+        help="no port of this host, as beside the VM that has them",
     )
     parser.add_argument(
         "--no-check",

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from lab.cli import Subparsers, add_command
+from lab.cli.boot import machine_and_workload
 from lab.errors import UsageError
 from lab.scenario.dimensions import column_of
 from lab.scenario.flags import add_arguments, from_arguments
@@ -54,8 +55,7 @@ def register(subparsers: Subparsers) -> None:
 async def _snapshot(args: argparse.Namespace) -> int:
     from lab.session import attach, boot
 
-    machine = from_arguments(Machine, args)
-    workload = from_arguments(Workload, args)
+    machine, workload = machine_and_workload(args)
     how, storage = method(args.method), from_arguments(Storage, args)
     check_storage(how, storage)
     if args.qmp is None:
@@ -68,6 +68,7 @@ async def _snapshot(args: argparse.Namespace) -> int:
     else:
         opened = attach(args.qmp)
     async with opened as vm:
+        before = [disk.layer.path for disk in vm.files.disks]
         snapshot = await vm.snapshot(
             args.path,
             args.method,
@@ -76,7 +77,18 @@ async def _snapshot(args: argparse.Namespace) -> int:
             disks=not args.no_disks,
             checksums=not args.no_checksums,
         )
-    print(json.dumps(snapshot.summary()) if args.json else repr(snapshot))
+        disks = [
+            {"frozen": str(frozen), "written": str(disk.layer.path)}
+            for frozen, disk in zip(before, vm.files.disks, strict=True)
+            if frozen != disk.layer.path
+        ]
+    if args.json:
+        print(json.dumps(snapshot.summary() | {"disks": disks}))
+        return 0
+    print(repr(snapshot))
+    # A booted guest has ended, and what it wrote last with it.
+    for disk in disks if args.qmp is not None else []:
+        print(f"the VM writes to {disk['written']} from now on; {disk['frozen']} is frozen")
     return 0
 
 

@@ -81,7 +81,16 @@ async def _loaded(
         qemu = sidecar.binary
     else:
         qemu = find_qemu(binary or sidecar.binary.variant)
-    changes: dict[str, Any] = {} if forward is None else {"forward": tuple(forward)}
+    changes: dict[str, Any] = {}
+    if forward is not None:
+        # The card stays, whatever leads to it.
+        has_card = sidecar.machine.net or bool(sidecar.machine.forward)
+        if forward and sidecar.line is None and not has_card:
+            raise UsageError(
+                f"{name} is of a guest without a network card, so no port can lead to it",
+                "leave forward out",
+            )
+        changes = {"forward": tuple(forward), "net": has_card}
     wanted = dataclasses.replace(sidecar.machine, accel=accel or sidecar.machine.accel, **changes)
     choice = await settled(wanted)
     if sidecar.machine.accel == "kvm" and choice.machine.accel == "tcg":

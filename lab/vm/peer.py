@@ -58,21 +58,6 @@ class Peer:
     saved: MigrationSettings
     """How its migration is set; `put_back` sets it so again."""
 
-    @property
-    def capabilities(self) -> frozenset[str]:
-        """The migration capabilities that it has, switched on or not."""
-        return frozenset(self.saved.capabilities)
-
-    @property
-    def has_background_snapshot(self) -> bool:
-        """Whether it can save memory while the guest runs, by write protection."""
-        return "background-snapshot" in self.saved.capabilities
-
-    @property
-    def has_mapped_ram(self) -> bool:
-        """Whether it can give each page its place in the image."""
-        return "mapped-ram" in self.saved.capabilities
-
 
 async def find_process(qmp: Qmp) -> int:
     """Return the process id of the QEMU at the other end of a monitor.

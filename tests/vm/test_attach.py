@@ -267,6 +267,8 @@ async def test_the_command_line_takes_one_of_a_running_vm(tmp_path: Path) -> Non
         )
         out, err = await process.communicate()
         assert (process.returncode, b"a.snap" in out) == (0, True), err
+        # Whoever starts the VM again has to know.
+        assert f"the VM writes to {tmp_path / 'disk.a.qcow2'} from now on" in out.decode()
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(str(monitor))
         sock.setblocking(False)

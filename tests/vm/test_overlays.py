@@ -24,7 +24,8 @@ class HoldError(Exception):
 
 
 def small(**devices: Any) -> tuple[lab.Machine, lab.Workload]:
-    return lab.Machine(ram_mib=256, **devices), lab.Workload("random", wss_mib=16)
+    machine = lab.Machine(ram_mib=256, **devices)
+    return machine, lab.Workload("random", wss_mib=16, threads=machine.vcpus)
 
 
 async def new_image(path: Path, mib: int) -> Path:
@@ -80,9 +81,14 @@ async def first_bytes(path: Path) -> bytes:
 
 
 @pytest.mark.platforms("micro-tcg", "micro-kvm")
+@pytest.mark.parametrize(
+    "memory", [{}, {"ram_kind": "memfd", "vcpus": 2}], ids=["anon", "memfd-2-vcpus"]
+)
 @pytest.mark.parametrize("method", LIVE)
-async def test_disks_are_those_of_the_instant(method: str, tmp_path: Path) -> None:
-    async with lab.boot(*small()) as vm:
+async def test_disks_are_those_of_the_instant(
+    method: str, memory: dict[str, Any], tmp_path: Path
+) -> None:
+    async with lab.boot(*small(**memory)) as vm:
         for number in range(2):
             await add_disk(vm, number, tmp_path)
             await write(vm, number, 0x11)

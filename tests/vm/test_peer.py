@@ -68,8 +68,9 @@ async def test_what_it_is(qemu: Path, folder: Path) -> None:
         assert re.fullmatch(r"pc-i440fx-\d+\.\d+", found.machine_type)
         assert found.machine_type.removeprefix("pc-i440fx-") in found.version
         assert found.run_state == "running"
-        assert found.has_background_snapshot
-        assert found.has_mapped_ram == (int(found.version.partition(".")[0]) >= 9)
+        assert "background-snapshot" in found.saved.capabilities
+        is_new = int(found.version.partition(".")[0]) >= 9
+        assert ("mapped-ram" in found.saved.capabilities) == is_new
         assert found.devices == {"rng"} == device_ids(read_command_line(first.pid))
         await first.qmp.execute("device_add", {"driver": "virtio-rng-pci", "id": "later"})
         assert (await describe(first.qmp, first.pid)).devices == {"rng", "later"}

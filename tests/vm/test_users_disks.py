@@ -6,7 +6,9 @@ What a disk holds is written and read by QEMU's monitor, so no system has to be 
 import asyncio
 import dataclasses
 import hashlib
+import json
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 
 import lab
 from lab.disks.store import Store
-from lab.errors import HostError, LabError, RestoreError, SnapshotError
+from lab.errors import HostError, LabError, RestoreError, SnapshotError, UsageError
 from lab.guests.image.guest import uefi_code
 from lab.qemu.build import find_qemu
 from lab.session import VM
@@ -392,3 +394,44 @@ async def test_uefi_boots_with_variables_of_its_own_and_comes_back(tmp_path: Pat
         await vm.snapshot(tmp_path / "b.snap")
         assert await vm.is_running()
     assert digest(variables) == before
+
+
+async def test_the_command_line_takes_one_of_an_image(tmp_path: Path) -> None:
+    image = await new_image(tmp_path / "a.raw", "raw")
+    snap = tmp_path / "a.snap"
+
+    async def run(*arguments: str) -> dict[str, Any]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "lab", *arguments, "--json"), stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await process.communicate()
+        assert process.returncode == 0
+        found: dict[str, Any] = json.loads(out.splitlines()[0])
+        return found
+
+    told = await run(
+        "snapshot", str(snap), f"--image={image}", "--forward=0:22", "--ram-mib=32"
+    )  # fmt: skip
+    assert told["workload"] == "idle"
+    [disk] = read_sidecar(snap).disks
+    assert [one["frozen"] for one in told["disks"]] == [disk.layer]
+    assert set((await run("restore", str(snap), "--seconds=0"))["ports"]) == {"22"}
+    assert (await run("restore", str(snap), "--seconds=0", "--no-forward"))["ports"] == {}
+
+
+async def test_a_restore_has_the_ports_that_are_asked_for(tmp_path: Path) -> None:
+    image = await new_image(tmp_path / "a.raw", "raw")
+    async with lab.boot(machine(image, forward=("0:22",))) as vm:
+        await vm.snapshot(tmp_path / "a.snap")
+    for forward in ((), ("0:80", "0:443")):
+        async with lab.restore(tmp_path / "a.snap", forward=forward) as vm:
+            assert set(vm.ports) == {int(one.partition(":")[2]) for one in forward}
+            # It is the same machine, and so are those that come of it.
+            await vm.snapshot(tmp_path / "b.snap")
+        async with lab.restore(tmp_path / "b.snap") as vm:
+            assert await vm.is_running()
+    async with lab.boot(machine(image)) as vm:
+        await vm.snapshot(tmp_path / "c.snap")
+    with pytest.raises(UsageError, match="without a network card"):
+        async with lab.restore(tmp_path / "c.snap", forward=("0:22",)):
+            pass

@@ -45,7 +45,8 @@ def read_command_line(pid: int) -> CommandLine:
     process = PROC / str(pid)
     try:
         words = (process / "cmdline").read_bytes().split(b"\0")[:-1]
-        program = os.readlink(process / "exe")  # noqa: PTH115 - Path would drop nothing, but resolve
+        # As text: the kernel may add to these what is no part of a path.
+        program = os.readlink(process / "exe")  # noqa: PTH115
         folder = os.readlink(process / "cwd")  # noqa: PTH115
         if any(word in (b"-daemonize", b"--daemonize") for word in words):
             folder = _first_folder(process) or folder

@@ -418,6 +418,7 @@ async def test_a_child_does_not_hold_what_its_parent_does(
 
     child = fork.Process(target=wait)
     child.start()
+    # It is only started, which blocks nobody for long, and has to inherit what this process has.
     started = subprocess.Popen(  # noqa: ASYNC220
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False
     )

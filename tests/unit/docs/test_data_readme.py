@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
@@ -147,6 +148,14 @@ def test_of_the_recorded_proofs_every_snapshot_is_of_one_instant() -> None:
     assert {one.case.cache for one in record.cases} == {"writeback", "none"}
     assert {one.case.image_format for one in record.cases} == {"raw", "qcow2"}
     assert len({one.seed for one in record.cases}) == len(record.cases)
+    text = (DATA / "README.md").read_text(encoding="utf-8")
+    guests = len(record.cases)
+    assert f"are {record.instants} instants, all of one instant, of {guests} guests" in text
+    assert f"at {record.in_flight} of them a write was on its way" in text
+    of = Counter[str]()
+    for one in record.cases:
+        of[one.qemu] += one.instants
+    assert all(f"{instants} " in text.split("stamps.json` are")[1] for instants in of.values())
 
 
 def test_all_recorded_sets_together_are_small() -> None:
