@@ -9,30 +9,23 @@ from matplotlib.axes import Axes
 from lab.analysis.applications import df_application_throughput, df_requests
 from lab.figures.figure import figure
 from lab.figures.style import (
-    GREY,
-    OTHER_COLOURS,
     axes_or_new,
     colour,
     legend_beside,
     log_axis,
     log_scale,
+    marker,
     panels,
     row_labels,
 )
 from lab.runs.sets import RunSet
-from lab.scenario.applications import BGSAVE, NONE, SNAPSHOT_SAVE
 from lab.stats import median
 
-_OTHERS = {NONE: GREY, BGSAVE: OTHER_COLOURS[6], SNAPSHOT_SAVE: OTHER_COLOURS[0]}
 # As many points as an eye tells apart in a row; the slowest are always among them.
 _MOST_POINTS = 4000
 _LONGEST = 3.0
 """A method that takes more than so many times as long as the middle one is cut short in figures."""
 _HIGHEST_PERCENT = 200.0
-
-
-def _colour(method: str) -> str:
-    return _OTHERS.get(method) or colour(method)
 
 
 def _by_method(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -83,7 +76,7 @@ def plot_application_throughput(table: pd.DataFrame) -> list[Axes]:
     axes = _rows(table)
     until_ms = _shown_until_ms(table)
     for ax, (method, part) in zip(axes, _by_method(table), strict=True):
-        ax.plot(part["ms"], 100 * part["share"], color=_colour(method), linewidth=0.8)
+        ax.plot(part["ms"], 100 * part["share"], color=colour(method), linewidth=0.8)
         first = part.iloc[0]
         if not np.isnan(first["stop_ms"]) and not np.isnan(first["resume_ms"]):
             # A pause of 2 ms would be thinner than a pixel.
@@ -119,7 +112,7 @@ def plot_requests(table: pd.DataFrame) -> list[Axes]:
         slow = part.sort_values("latency_ms", ascending=False, kind="stable")
         ordered = pd.concat([slow.head(_MOST_POINTS // 2), slow.iloc[_MOST_POINTS // 2 :: 7]])
         shown = ordered[ordered["ok"]].head(_MOST_POINTS)
-        ax.plot(shown["ms"], shown["latency_ms"], ".", color=_colour(method), markersize=1.5)
+        ax.plot(shown["ms"], shown["latency_ms"], ".", color=colour(method), markersize=1.5)
         log_scale(ax.yaxis)
         ax.set_ylim(0.7 * table["latency_ms"].min(), 1.5 * table["latency_ms"].max())
         _named(ax, method, float(part["end_ms"].iloc[0]), until_ms)
@@ -147,7 +140,7 @@ def plot_request_latency(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes
     for method, part in _by_method(table[table["during"] & (table["ok"] | table["censored"])]):
         latency = np.sort(part["latency_ms"].to_numpy(dtype=np.float64))
         share = 1 - np.arange(len(latency)) / len(latency)
-        ax.step(latency, share, where="post", color=_colour(method), label=method)
+        ax.step(latency, share, where="post", color=colour(method), label=method)
     log_scale(ax.xaxis)
     ax.set_yscale("log")
     ax.set_xlabel("latency, ms")
@@ -180,8 +173,8 @@ def plot_worst_request(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax, (7.2, 1.0 + 0.35 * len(methods)))
     for row, method in enumerate(methods):
         values = table.loc[table["method"] == method, "request_worst_ms"]
-        shade = _colour(method)
-        ax.plot(values, [row] * len(values), "o", color=shade, alpha=0.6, markersize=5)
+        shade = colour(method)
+        ax.plot(values, [row] * len(values), marker(method), color=shade, alpha=0.6, markersize=5)
         middle = median(values.to_numpy())
         ax.plot([middle, middle], [row - 0.3, row + 0.3], color=shade, linewidth=2)
     row_labels(ax, methods)

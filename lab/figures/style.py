@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lab.runs.cases import by_case, case_label
+from lab.scenario.applications import BGSAVE, NONE, SNAPSHOT_SAVE
 from lab.scenario.dimensions import DIMENSIONS
 from lab.scenario.methods import METHODS
 
@@ -33,6 +34,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6
 # Paul Tol's muted ones, for what is no method: no colour of a method is among them.
 OTHER_COLOURS = ("#332288", "#88CCEE", "#117733", "#DDCC77", "#CC6677", "#44AA99", "#882255")
 GREY = "#999999"
+# What an application is compared with beside the methods
+_WAYS = {NONE: GREY, BGSAVE: OTHER_COLOURS[6], SNAPSHOT_SAVE: OTHER_COLOURS[0]}
 # One more than colours, so that a method beyond the last colour differs by its marker.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -51,19 +54,21 @@ def styled() -> Iterator[None]:
 
 
 def _slot(method: str) -> int:
-    names = list(METHODS)
+    names = [*METHODS, *_WAYS]
     # A method of an older recording that the lab no longer knows still gets a stable place.
     return names.index(method) if method in names else len(names) + sum(map(ord, method))
 
 
 def colour(method: str) -> str:
-    """The colour of a method, the same in every figure."""
+    """The colour of a method, or of another way to save a state, the same in every figure."""
+    if method in _WAYS:
+        return _WAYS[method]
     hue = METHODS[method].hue if method in METHODS else _slot(method)
     return COLOURS[hue % len(COLOURS)]
 
 
 def marker(method: str) -> str:
-    """The marker of a method, the same in every figure."""
+    """The marker of a method, or of another way to save a state, the same in every figure."""
     return MARKERS[_slot(method) % len(MARKERS)]
 
 

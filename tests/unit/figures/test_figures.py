@@ -23,6 +23,12 @@ from lab.analysis.phases import df_phases_by_method
 from lab.analysis.slowdown import df_rate
 from lab.errors import UsageError
 from lab.figures import style
+from lab.figures.applications import (
+    plot_application_throughput,
+    plot_request_latency,
+    plot_requests,
+    plot_worst_request,
+)
 from lab.figures.cost import plot_cost, plot_lost_work
 from lab.figures.faults import (
     plot_fault_histogram,
@@ -43,6 +49,7 @@ from lab.figures.waits import plot_stalls, plot_waits
 from lab.instruments.faultlog import fault_summary
 from lab.runs.cases import df_runs
 from lab.runs.sets import RunSet, create_set, load_set
+from lab.scenario.applications import OTHER_METHODS
 from lab.scenario.dimensions import DIMENSIONS
 from lab.scenario.methods import METHODS
 from tests.support.paths import DATA
@@ -65,7 +72,8 @@ def _no_window() -> Iterator[None]:
 
 
 def test_methods_have_colours_and_markers_of_their_own() -> None:
-    assert len({(style.colour(m), style.marker(m)) for m in METHODS}) == len(METHODS)
+    ways = [*METHODS, *OTHER_METHODS]
+    assert len({(style.colour(m), style.marker(m)) for m in ways}) == len(ways)
     assert len({(style.colour(m), style.dashes(m)) for m in METHODS}) == len(METHODS)
     assert style.colour("of-another-lab") == style.colour("of-another-lab")
 
@@ -347,7 +355,7 @@ def test_the_look_of_a_case_follows_the_order_of_its_values_and_not_that_of_the_
 def method_of(label: object) -> str | None:
     """The method that a legend or an axis names."""
     found = str(label).split(", ")[0].split(" (")[0]
-    return found if found in METHODS else None
+    return found if found in (*METHODS, *OTHER_METHODS) else None
 
 
 def looks_of(axes: Sequence[Axes]) -> Iterator[tuple[str, str, str]]:
@@ -384,6 +392,10 @@ FIGURES: Sequence[Plot[..., Any]] = (
     plot_floor,
     plot_floor_bulk,
     plot_floor_faults,
+    plot_application_throughput,
+    plot_requests,
+    plot_request_latency,
+    plot_worst_request,
 )
 """Every figure that a set alone is enough for."""
 
