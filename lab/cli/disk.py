@@ -1,11 +1,12 @@
 """``lab disk``: the layers that the lab keeps of guests' disks."""
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lab.cli import Subparsers, add_command
+from lab.cli import Subparsers, add_command, setting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +33,7 @@ def register(subparsers: Subparsers) -> None:
     _register_clean(commands)
     _register_commit(commands)
     _register_export(commands)
+    _register_pause(commands)
 
 
 def _register_list(commands: Subparsers) -> None:
@@ -99,6 +101,37 @@ def _register_export(commands: Subparsers) -> None:
         choices=("qcow2", "raw"),
         help="(default: raw where FILE ends in .raw or .img, otherwise qcow2)",
     )
+
+
+def _register_pause(commands: Subparsers) -> None:
+    parser = add_command(
+        commands,
+        "pause",
+        _pause,
+        summary="measure what freezing disks adds to the pause, on this host",
+        description="Boot a guest that writes to all its disks, and take its snapshots in pairs, "
+        "with its disks frozen and of its memory alone. What the disks add to the pause is the "
+        "difference.",
+    )
+    parser.add_argument(
+        "--disks",
+        type=int,
+        action="append",
+        metavar="N",
+        help="a number of disks; repeatable (default: 1, 2 and 4)",
+    )
+    parser.add_argument("--pairs", type=int, default=20, metavar="N", help="for each (default: 20)")
+    parser.add_argument(
+        "--cache",
+        choices=("writeback", "none"),
+        default="writeback",
+        help="none bypasses the host's page cache (default: writeback)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, metavar="N", help="of the order (default: 1)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the record, with every pair")
+    parser.add_argument("--json", action="store_true", help="the record on stdout")
 
 
 def _qemu_img() -> Path:
@@ -247,3 +280,45 @@ def _as_json(kept: "Kept") -> dict[str, object]:
 
 def _mib(size_bytes: int) -> str:
     return f"{size_bytes / MIB:.1f} MiB"
+
+
+async def _pause(args: argparse.Namespace) -> int:
+    from lab.errors import UsageError
+    from lab.host.cache import cache_dir
+    from lab.host.files import write_atomically
+    from lab.host.workdir import private_folder
+    from lab.progress import ProgressLine
+    from lab.records import encode
+    from lab.verify.stamps.guest import Case
+    from lab.verify.stamps.pauses import added, measure_pauses
+
+    counts = list(dict.fromkeys(args.disks or (1, 2, 4)))
+    if args.pairs < 1:
+        raise UsageError(f"{args.pairs} pairs", "choose one at least")
+    for count in counts:
+        Case(disks=count)  # raises for what cannot be, before anything boots
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(private_folder("pausing-", cache_dir()))
+        # Layers of its own: those of a measurement that is killed go with its folder.
+        stack.enter_context(setting("LAB_LAYERS_DIR", str(folder / "layers")))
+        record = await measure_pauses(
+            Case(cache=args.cache, image_format="qcow2"),
+            counts,
+            pairs=args.pairs,
+            seed=args.seed,
+            folder=folder,
+            progress=stack.enter_context(ProgressLine()),
+        )
+    if args.out is not None:
+        write_atomically(args.out, encode(record))
+    if args.json:
+        print(encode(record).decode(), end="")
+        return 0
+    for one in added(record.pairs):
+        low, high = one.interval.low, one.interval.high
+        print(
+            f"disks: {one.disks}, pause {one.with_ms:.2f} ms with them and {one.without_ms:.2f} ms "
+            f"without, {one.added_ms:+.2f} ms [{low:+.2f}, {high:+.2f}] in {one.n} pairs; "
+            f"of that the switch {one.switch_ms:.2f} ms"
+        )
+    return 0

@@ -2,13 +2,11 @@
 
 import argparse
 import contextlib
-import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from lab.cli import Subparsers, add_command
+from lab.cli import Subparsers, add_command, setting
 from lab.progress import ProgressLine
 from lab.scenario.methods import METHODS
 
@@ -49,7 +47,7 @@ async def _stamps(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(private_folder("stamping-", cache_dir()))
         # Layers of its own: those of a proof that is killed go with its folder.
-        stack.enter_context(_setting("LAB_LAYERS_DIR", str(folder / "layers")))
+        stack.enter_context(setting("LAB_LAYERS_DIR", str(folder / "layers")))
         line = stack.enter_context(ProgressLine())
         record = await prove_many(
             instants=args.instants,
@@ -74,17 +72,3 @@ async def _stamps(args: argparse.Namespace) -> int:
             f"and disks of one instant; a write was on its way at {record.in_flight} of them"
         )
     return 0 if record.one_instant == record.instants else 1
-
-
-@contextlib.contextmanager
-def _setting(name: str, value: str) -> Iterator[None]:
-    """Have an environment variable be that while the context lasts."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

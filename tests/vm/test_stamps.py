@@ -11,6 +11,7 @@ import pytest
 import lab.__main__ as command_line
 from lab.disks.store import Store
 from lab.scenario.methods import METHODS
+from lab.verify.stamps import pauses
 from lab.verify.stamps.guest import Case
 from lab.verify.stamps.record import SCHEMA
 from lab.verify.stamps.stamps import Spoil, prove_case
@@ -116,3 +117,24 @@ def test_a_record_is_gone_on_with(
     assert "--seed 1" in capsys.readouterr().err
     # The command has layers of its own.
     assert list(layers.iterdir()) == []
+
+
+def test_what_disks_add_to_the_pause_is_measured_in_pairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layers: Path
+) -> None:
+    out = tmp_path / "pauses.json"
+    arguments = ["disk", "pause", "--disks", "2", "--pairs", "3", "--out", str(out)]
+    assert command_line.main([*arguments, "--json"]) == 0
+    record = pauses.SCHEMA.read(out)
+    assert out.read_text(encoding="utf-8") == capsys.readouterr().out
+    assert [(one.disks, one.number) for one in record.pairs] == [(2, 1), (2, 2), (2, 3)]
+    for one in record.pairs:
+        # The overlays are put on top in the pause, and take a part of it.
+        assert 0 < one.switch_ms < one.with_ms
+        assert one.without_ms > 0
+    assert list(layers.iterdir()) == []
+
+    assert command_line.main(["disk", "pause", "--disks", "5"]) == 2
+    assert "choose 1 to 4" in capsys.readouterr().err
+    assert command_line.main(["disk", "pause", "--pairs", "0"]) == 2
+    assert "choose one at least" in capsys.readouterr().err

@@ -174,7 +174,7 @@ async def prove_case(
     with private_folder("stamps-", folder) as work:
         while len(done) < instants:
             boots += 1
-            async with _stamping(case, work) as guest:
+            async with stamping(case, work) as guest:
                 for _ in range(min(snapshots_per_boot, instants - len(done))):
                     if progress is not None:
                         bad = sum(bool(one.problems) for one in done)
@@ -207,7 +207,7 @@ async def prove_case(
 
 
 @dataclass
-class _Guest:
+class StampingGuest:
     """A guest that stamps.
 
     :param gpa: where its page is in its memory.
@@ -372,7 +372,7 @@ class _Guest:
 
 
 @contextlib.asynccontextmanager
-async def _stamping(case: Case, folder: Path) -> AsyncIterator[_Guest]:
+async def stamping(case: Case, folder: Path) -> AsyncIterator[StampingGuest]:
     """Boot a guest that stamps empty disks."""
     binary = case.variant
     qemu_img = find_qemu(binary).qemu_img
@@ -387,7 +387,7 @@ async def _stamping(case: Case, folder: Path) -> AsyncIterator[_Guest]:
             if record.kind == "error":
                 raise GuestError(f"the guest cannot stamp: {dict(record.fields)}")
             gpa = int(record.fields["stamps_gpa"])
-            yield _Guest(vm, case, folder, gpa, await vm.host_address(gpa))
+            yield StampingGuest(vm, case, folder, gpa, await vm.host_address(gpa))
     finally:
         # The snapshots are gone, so nothing needs their layers.
         store = Store.default()

@@ -24,6 +24,7 @@ from lab.scenario.dimensions import Dimension
 from lab.scenario.machine import RamKind
 from lab.scenario.methods import METHODS
 from lab.verify.soak.record import read_record, summarise
+from lab.verify.stamps import pauses
 from lab.verify.stamps import record as stamps
 from tests.support.paths import DATA
 
@@ -156,6 +157,19 @@ def test_of_the_recorded_proofs_every_snapshot_is_of_one_instant() -> None:
     for one in record.cases:
         of[one.qemu] += one.instants
     assert all(f"{instants} " in text.split("stamps.json` are")[1] for instants in of.values())
+
+
+def test_what_disks_add_to_the_pause_is_what_was_recorded() -> None:
+    text = (DATA / "README.md").read_text(encoding="utf-8")
+    found = pauses.added(pauses.SCHEMA.read(DATA / "disk-pauses.json").pairs)
+    assert [one.disks for one in found] == [1, 2, 4]
+    for one in found:
+        row = (
+            f"| {one.disks} | {one.n} | {one.without_ms:.2f} | {one.with_ms:.2f} "
+            f"| {one.added_ms:+.2f} [{one.interval.low:+.2f} to {one.interval.high:+.2f}] "
+            f"| {one.switch_ms:.2f} |"
+        )
+        assert row in text
 
 
 def test_all_recorded_sets_together_are_small() -> None:
