@@ -113,11 +113,11 @@ class VM(RunningVM):
         not before; an older snapshot of the same name is replaced.  Both are private (0600),
         because they hold guest memory.  Cancelling takes the snapshot back.
 
-        :param method: one of `lab.METHODS`.
-        :param fault_log: log every write fault, where QEMU can (the patched one, live methods).
         The disks of a user's machine are frozen at the instant that the image shows; the guest goes
         on writing to new layers (`lab.disks`).
 
+        :param method: one of `lab.METHODS`.
+        :param fault_log: log every write fault, where QEMU can (the patched one, live methods).
         :param progress: sample the guest's progress, if it is one of the lab's, from `before_s`
             before the request to `after_s` after the end.
         :param storage_mib_per_s: write the image no faster than that, as if to a slower disk; 0 is

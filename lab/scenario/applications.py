@@ -12,11 +12,25 @@ from lab.scenario.machine import DEBIAN, Machine
 from lab.scenario.methods import METHODS, Variant
 from lab.scenario.require import require, require_choice, require_int
 
-Application = Literal["redis-set", "redis-set-half", "redis-get", "redis-set-aof", "pgbench"]
-Server = Literal["redis", "postgresql"]
+Application = Literal[
+    "redis-set",
+    "redis-set-half",
+    "redis-get",
+    "redis-set-aof",
+    "pgbench",
+    "sqlite",
+    "compile",
+    "fio",
+]
+Server = Literal["redis", "postgresql", "shell"]
 
-PORTS: Mapping[Server, int] = types.MappingProxyType({"redis": 6379, "postgresql": 5432})
+PORTS: Mapping[Server, int] = types.MappingProxyType(
+    {"shell": 22, "redis": 6379, "postgresql": 5432}
+)
 """Where the servers listen in the guest."""
+
+CLIENTS: Mapping[Server, int] = types.MappingProxyType({"redis": 50, "postgresql": 4, "shell": 1})
+"""How many usually ask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +38,7 @@ class Served:
     """An application.
 
     :param title: what asks for what, for people.
-    :param server: who is asked.
+    :param server: who is asked; `shell` works by itself, and says when it has done a step.
     """
 
     title: str
@@ -44,6 +58,15 @@ APPLICATIONS: Mapping[Application, Served] = types.MappingProxyType(
         "pgbench": Served(
             title="PostgreSQL, pgbench's TPC-B-like transactions, as fast as it can",
             server="postgresql",
+        ),
+        "sqlite": Served(
+            title="SQLite, transactions of one update with a write-ahead log, each synced",
+            server="shell",
+        ),
+        "compile": Served(title="gcc, one C file after the other", server="shell"),
+        "fio": Served(
+            title="fio, 64 random writes of 4 KiB a step, each synced, past the guest's page cache",
+            server="shell",
         ),
     }
 )
@@ -76,7 +99,7 @@ DEFAULT_METHODS = (
     SNAPSHOT_SAVE,
     NONE,
 )
-FORWARD = ("0:22", *(f"0:{port}" for port in PORTS.values()))
+FORWARD = tuple(f"0:{port}" for port in PORTS.values())
 
 #: Shown before the first sample has been timed.
 TYPICAL_SAMPLE_S = 25.0
@@ -91,7 +114,7 @@ class ApplicationsPlan:
 
     `keys` and `value_bytes` are Redis' data set, which every load writes to or reads; `scale` is
     pgbench's, 100,000 accounts each.  `clients` 0 is what the application is usually measured with:
-    50 for Redis, 4 for pgbench.
+    50 for Redis, 4 for pgbench, 1 for what works by itself.
     """
 
     application: Application = field(
@@ -157,7 +180,7 @@ class ApplicationsPlan:
     @property
     def connections(self) -> int:
         """How many connections ask."""
-        return self.clients or (50 if self.served.server == "redis" else 4)
+        return self.clients or CLIENTS[self.served.server]
 
     @property
     def machine(self) -> Machine:

@@ -7,14 +7,18 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from lab.analysis.requests import df_progress
 from lab.errors import GuestError
+from lab.guests.debian.build import key_of
 from lab.loads.load import Load, Operation, redis_load
 from lab.loads.pgbench import PgbenchLoad, initialise, pgbench_load
+from lab.loads.steps import StepsLoad, steps_load
 from lab.measure.applications.ask import connected_redis, wait_for_redis
+from lab.measure.applications.steps import STEPS
 from lab.measure.settle import SETTLE_LIMIT_S, SETTLE_SHARE, is_settled
 from lab.scenario.applications import PORTS, ApplicationsPlan
 from lab.scenario.methods import Variant
@@ -31,8 +35,9 @@ RATE_S = 3.0
 """How long a load as fast as it can runs to find the rate that half of is asked for."""
 
 _POLL_S = 0.02
-# pgbench writes its log by many lines at once, so whether its rate is even shows only afterwards.
-_PGBENCH_SETTLE_S = 5.0
+# pgbench writes its log by many lines at once, so whether its rate is even shows only afterwards;
+# and a step may take so long that there are few in a second.
+_FIXED_SETTLE_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,12 @@ class Bench:
         """The port of this host that leads to the server."""
         return self.vm.ports[PORTS[self.plan.served.server]]
 
+    @property
+    def _key(self) -> Path:
+        key = key_of(Path(self.vm.machine.image[0]))
+        assert key is not None
+        return key
+
     @contextlib.asynccontextmanager
     async def load(self, seed: int, rate_per_s: float | None = None) -> AsyncIterator[Load]:
         """Load the server while the context lasts; the table remains.
@@ -63,6 +74,13 @@ class Bench:
                 port=self.port, clients=plan.connections, user=ROLE, database=ROLE, seed=seed
             ) as pgbench:
                 yield pgbench
+            return
+        if plan.served.server == "shell":
+            commands = [STEPS[plan.application].loop(k) for k in range(plan.connections)]
+            async with steps_load(
+                plan.served.title, port=self.port, key=self._key, commands=commands
+            ) as steps:
+                yield steps
             return
         operation: Operation = "GET" if plan.application == "redis-get" else "SET"
         async with redis_load(
@@ -84,8 +102,8 @@ ANSWER_ALL_S = 60.0
 
 async def settle_load(load: Load) -> str | None:
     """Wait until requests are answered at an even rate; return a warning when they never are."""
-    if isinstance(load, PgbenchLoad):
-        await asyncio.sleep(_PGBENCH_SETTLE_S)
+    if isinstance(load, PgbenchLoad | StepsLoad):
+        await asyncio.sleep(_FIXED_SETTLE_S)
         return None
     began = time.monotonic_ns()
     t_ns, ops = [began], [load.completed]
@@ -117,6 +135,9 @@ async def booted_bench(plan: ApplicationsPlan, variant: Variant) -> AsyncIterato
         if plan.served.server == "redis":
             await wait_for_redis(bench.port, BOOT_S)
             await _fill(bench)
+        elif plan.served.server == "shell":
+            for client in range(plan.connections):
+                await vm.shell(STEPS[plan.application].prepare(client), timeout_s=BOOT_S)
         else:
             await vm.shell("until pg_isready -q; do sleep 1; done", timeout_s=BOOT_S)
             await initialise(plan.scale, port=bench.port, user=ROLE, database=ROLE)

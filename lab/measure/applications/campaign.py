@@ -88,7 +88,7 @@ async def survey(plan: ApplicationsPlan) -> Ground:
             await ensure_compiled(SOURCE, CFLAGS, "the load generator"), enc_hook=str
         )
         binaries["load"] = {k: v for k, v in built.items() if k != "path"}
-    else:
+    elif plan.served.server == "postgresql":
         find_pgbench()
     return Ground(host=msgspec.to_builtins(HostInfo.collect()), binaries=binaries)
 

@@ -7,7 +7,15 @@ import pytest
 
 from lab.__main__ import build_parser
 from lab.errors import UsageError
-from lab.scenario.applications import ApplicationsPlan, describe, turns, variant_of
+from lab.measure.applications.steps import STEPS
+from lab.scenario.applications import (
+    APPLICATIONS,
+    BGSAVE,
+    ApplicationsPlan,
+    describe,
+    turns,
+    variant_of,
+)
 from lab.scenario.command import command
 from lab.scenario.document import from_json, to_json
 from lab.scenario.flags import from_arguments
@@ -73,3 +81,13 @@ def test_what_would_be_measured_can_be_said() -> None:
     assert "50 connections" in lines[0]
     assert "4 boots" in lines[0]
     assert len(lines) == 5
+
+
+def test_what_works_by_itself_has_a_loop_for_each_client() -> None:
+    of_the_shell = {name for name, served in APPLICATIONS.items() if served.server == "shell"}
+    assert set(STEPS) == of_the_shell
+    for name in of_the_shell:
+        assert ApplicationsPlan(application=name).connections == 1
+        loops = [STEPS[name].loop(client) for client in range(3)]
+        assert len(set(loops)) == 3
+        assert BGSAVE not in ApplicationsPlan(application=name).methods
