@@ -26,7 +26,7 @@
 #include <unistd.h>
 
 enum { OPEN, HOLD, FAIL, SILENT };
-enum { REGISTER, PROTECT, RELEASE, UNREGISTER, CLOSE, READ, WRITE, TRUNCATE, GATES };
+enum { REGISTER, PROTECT, RELEASE, WAKE, UNREGISTER, CLOSE, READ, WRITE, TRUNCATE, GATES };
 
 struct gate {
     _Atomic int state;
@@ -71,6 +71,8 @@ static int gate_of(unsigned long request, const void *argument)
     case UFFDIO_WRITEPROTECT:
         return ((const struct uffdio_writeprotect *)argument)->mode & UFFDIO_WRITEPROTECT_MODE_WP
                    ? PROTECT : RELEASE;
+    case UFFDIO_WAKE:
+        return WAKE;
     case UFFDIO_UNREGISTER:
         return UNREGISTER;
     default:
@@ -113,6 +115,10 @@ int ioctl(int fd, unsigned long request, ...)
         ((struct uffdio_writeprotect *)argument)->mode |= UFFDIO_WRITEPROTECT_MODE_DONTWAKE;
         atomic_fetch_add(&gates[number].hits, 1);
         return real_ioctl(fd, request, argument);
+    }
+    if (number == WAKE && gates[number].state == SILENT) {
+        atomic_fetch_add(&gates[number].hits, 1);
+        return 0;
     }
     return number >= 0 && fails(number) ? -1 : real_ioctl(fd, request, argument);
 }

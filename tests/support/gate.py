@@ -16,7 +16,17 @@ import pytest
 
 #: In the order of gate.c. Which phase a call belongs to differs between engines: `copy` registers
 #: and protects ahead of the pause, the others in it.
-NAMES = ("register", "protect", "release", "unregister", "close", "read", "write", "truncate")
+NAMES = (
+    "register",
+    "protect",
+    "release",
+    "wake",
+    "unregister",
+    "close",
+    "read",
+    "write",
+    "truncate",
+)
 OPEN, HOLD, FAIL, SILENT = range(4)
 _GATE = struct.Struct("=4i")
 _SOURCE = Path(__file__).with_name("gate.c")
@@ -68,7 +78,7 @@ class Gates:
 
     @contextmanager
     def silent(self, name: str) -> Iterator[None]:
-        """Let releases wake nobody, until the context is left."""
+        """Let releases, or calls that do nothing else, wake nobody, until the context is left."""
         self._set(name, SILENT)
         try:
             yield
