@@ -109,7 +109,7 @@ async def test_who_comes_too_late_to_be_woken_is_woken_again(
             # Who writes ahead of the pause is let go, or the guest could not be stopped.
             await begin(vm, method, target.channels, hold=True)
             await until_status(vm, "pre-switchover")
-            # As if they had begun to wait after all of their chunk was woken.  Their faults are read
+            # As if they had begun to wait after all of the chunk was woken.  Their faults are read
             # last, because that wakes them.
             with gates.held("read"), gates.silent("wake"), gates.silent("release"):
                 await vm.execute("migrate-continue", {"state": "pre-switchover"})
