@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from lab.errors import GuestError, HostError, LabError, UsageError
@@ -41,6 +42,9 @@ _STAMP_BYTES = 8
 _POLL_S = 0.02
 _END_GRACE_S = 5.0
 
+_Read = tuple[list[npt.NDArray[np.int64]], int]
+"""The instants of each command's lines, and until when they are all there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Loop:
@@ -60,7 +64,7 @@ class StepsLoad(Load):
         self._folder = folder
         self._loops: list[_Loop] = []
         self._told_to_end = False
-        self._final: tuple[list[np.ndarray[tuple[int], np.dtype[np.int64]]], int] | None = None
+        self._final: _Read | None = None
 
     @property
     def completed(self) -> int:
@@ -108,7 +112,7 @@ class StepsLoad(Load):
             raise GuestError(f"{self.what} has not done a step yet")
         return in_order(pd.concat(parts, ignore_index=True), until_ns)
 
-    def _read(self) -> tuple[list[np.ndarray[tuple[int], np.dtype[np.int64]]], int]:
+    def _read(self) -> _Read:
         if self._final is not None:
             return self._final
         # In this order, so that what is not in the files was not done then.
@@ -161,8 +165,7 @@ class StepsLoad(Load):
     async def _end(self) -> None:
         if self._final is not None:
             return
-        problem = self.problem
-        self._told_to_end = problem is None
+        self._told_to_end = self.problem is None
         for loop in self._loops:
             kill_child(loop.command)
         for loop in self._loops:
