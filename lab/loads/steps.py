@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -24,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lab.errors import GuestError, HostError, LabError, UsageError
-from lab.guests.debian.shell import ssh_command
+from lab.errors import GuestError, LabError, UsageError
+from lab.guests.debian.shell import require_ssh, ssh_command
 from lab.host.needs import require_setpriv
 from lab.host.process import kill_child
 from lab.host.tools import log_tail
@@ -201,8 +200,7 @@ async def steps_load(
     """
     if not commands:
         raise UsageError(f"{what}: no command to run", "give it one at least")
-    if shutil.which("ssh") is None:
-        raise HostError("no ssh on this host", "install the Debian package openssh-client")
+    require_ssh()
     with private_folder("lab-steps-", _MEMORY if _MEMORY.is_dir() else None) as folder:
         load = StepsLoad(what, folder)
         try:

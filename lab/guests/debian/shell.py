@@ -58,6 +58,15 @@ async def in_guest(port: int, key: Path, command: str, *, timeout_s: float) -> s
     return await _run(port, key, command, timeout_s, connect_s=timeout_s)
 
 
+def require_ssh() -> None:
+    """Refuse a host from which nobody can log in to a guest.
+
+    :raise HostError: it has no ssh.
+    """
+    if shutil.which("ssh") is None:
+        raise HostError("no ssh on this host", "install the Debian package openssh-client")
+
+
 async def wait_for_ssh(port: int, key: Path, timeout_s: float) -> None:
     """Wait until root can log in to a guest that boots.
 
@@ -83,8 +92,7 @@ async def wait_for_ssh(port: int, key: Path, timeout_s: float) -> None:
 
 
 async def _run(port: int, key: Path, command: str, timeout_s: float, connect_s: float) -> str:
-    if shutil.which("ssh") is None:
-        raise HostError("no ssh on this host", "install the Debian package openssh-client")
+    require_ssh()
     process = await asyncio.create_subprocess_exec(
         *ssh_command(port, key, command, connect_s),
         stdin=asyncio.subprocess.DEVNULL,

@@ -24,6 +24,7 @@ import msgspec
 
 from lab.errors import HostError, LabError, UsageError
 from lab.guests.debian.build import find_debian, recipe_key
+from lab.guests.debian.shell import require_ssh
 from lab.host.cache import cache_dir
 from lab.host.compiled import ensure_compiled
 from lab.host.info import HostInfo
@@ -77,6 +78,7 @@ async def survey(plan: ApplicationsPlan) -> Ground:
     :raise HostError: a build, Debian, a load generator or a permission is missing.
     """
     require_uffd()
+    require_ssh()
     debian = find_debian()
     binaries: dict[str, Any] = {}
     for variant in plan.variants:
