@@ -65,7 +65,7 @@ APPLICATIONS: Mapping[Application, Served] = types.MappingProxyType(
         ),
         "compile": Served(title="gcc, one C file after the other", server="shell"),
         "fio": Served(
-            title="fio, 64 random writes of 4 KiB a step, each synced, past the guest's page cache",
+            title="fio, random writes of 4 KiB, each synced, past the guest's page cache",
             server="shell",
         ),
     }

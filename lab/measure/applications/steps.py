@@ -14,6 +14,7 @@ FOLDER = "/var/lib/lab-steps"
 _ROWS = 50_000
 _FUNCTIONS = 8
 _FILE_MIB = 64
+_FOR_EVER_S = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +69,29 @@ def _loop_compile(client: int) -> str:
 
 
 def _prepare_fio(client: int) -> str:
-    return _in_folder(f"dd if=/dev/zero of={client}.data bs=1M count={_FILE_MIB} conv=fsync")
+    return _in_folder(
+        f"{_fio_file(client)} && mkdir -p ${{file%/*}} && "
+        f"dd if=/dev/zero of=$file bs=1M count={_FILE_MIB} conv=fsync"
+    )
 
 
 def _loop_fio(client: int) -> str:
     options = (
-        f"--name=step --filename={client}.data --size={_FILE_MIB}M --io_size=256k --bs=4k "
-        "--rw=randwrite --randrepeat=0 --ioengine=sync --direct=1 --fsync=1 --output=/dev/null"
+        f"--name=step --filename=$file --size={_FILE_MIB}M --time_based --runtime={_FOR_EVER_S} "
+        "--bs=4k --rw=randwrite --randrepeat=0 --ioengine=sync --direct=1 --fsync=1 "
+        "--output=/dev/null --write_iolog=/dev/stdout"
     )
-    return _in_folder(f"while fio {options}; do echo; done")
+    return _in_folder(f"{_fio_file(client)} && fio {options} | grep --line-buffered -o ' sync '")
+
+
+def _fio_file(client: int) -> str:
+    # fio logs what it does while it does it, but through a buffer of 8 KiB.  Each line has the
+    # file's name, so a name of almost 4 KiB makes that a write and its sync at a time.
+    depth, part = 15, 250
+    return (
+        f"part=$(printf '%{part}s' '' | tr ' ' x) && file={client} && "
+        f"for i in $(seq {depth}); do file=$file/$part; done && file=$file/data"
+    )
 
 
 STEPS: Mapping[Application, Steps] = types.MappingProxyType(
