@@ -121,7 +121,7 @@ def _named_plan(name: str) -> "Plan":
 
     if isinstance(plan := campaign(name).plan, Plan):
         return plan
-    raise UsageError(f"the campaign {name} boots no guest", f"use `{command(plan)}`")
+    raise UsageError(f"the campaign {name} is not one of this command", f"use `{command(plan)}`")
 
 
 async def run_campaign(
