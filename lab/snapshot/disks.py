@@ -24,7 +24,7 @@ from lab.disks.chain import Layer, read_chain
 from lab.disks.frozen import FrozenDisk, stamped
 from lab.disks.store import Store
 from lab.errors import LabError
-from lab.vm.disks import Disk, Held, blockdev
+from lab.vm.disks import Disk, Held
 from lab.vm.vm import RunningVM
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class DiskSwitch:
             name = f"lab-{number}-{secrets.token_hex(8)}"
             prepared = _Prepared(disk, name, held)
             self._prepared.append(prepared)
-            node = blockdev(name, held.layer.path, direct=disk.direct, aio=disk.aio)
+            node = disk.blockdev(name, held.layer.path)
             # It gets what it covers when it is put on top.
             await self.vm.execute("blockdev-add", {**node, "backing": None})
             prepared.is_added = True

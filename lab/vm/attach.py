@@ -26,10 +26,17 @@ from lab.host.workdir import private_folder
 from lab.qemu.build import QemuBinary
 from lab.scenario.machine import Machine
 from lab.scenario.workload import Workload
-from lab.vm.argv import CommandLine, device_ids, disks, read_command_line, require_restorable
+from lab.vm.argv import (
+    CommandLine,
+    DiskOption,
+    device_ids,
+    disks,
+    read_command_line,
+    require_restorable,
+)
 from lab.vm.commandline import Launch
 from lab.vm.devices import DeviceFiles
-from lab.vm.disks import Disk, file_of
+from lab.vm.disks import DEFAULT_AIO, Disk, file_of
 from lab.vm.guard import guarded
 from lab.vm.launch import VMT
 from lab.vm.loops import OwnTask
@@ -168,7 +175,7 @@ async def _disks(qmp: Qmp, line: CommandLine, qemu_img: Path) -> tuple[list[Disk
 
     :raise UsageError: the command line cannot be understood.
     """
-    named = [option.path for option in disks(line) if option.path is not None]
+    named = [option for option in disks(line) if option.path is not None]
     found = []
     for block in await qmp.execute("query-block"):
         inserted = block.get("inserted")
@@ -183,7 +190,7 @@ async def _disks(qmp: Qmp, line: CommandLine, qemu_img: Path) -> tuple[list[Disk
 
 
 async def _disk(
-    inserted: dict[str, Any], folder: Path, named: Sequence[Path], qemu_img: Path
+    inserted: dict[str, Any], folder: Path, named: Sequence[DiskOption], qemu_img: Path
 ) -> Disk:
     path = file_of(inserted, folder)
     if path is None:
@@ -194,20 +201,27 @@ async def _disk(
     chain = await read_chain(qemu_img, path, format=inserted["drv"])
     # An earlier snapshot has put layers on the one that the VM was started with.
     started_with = next(
-        (one for layer in chain for one in named if one.exists() and one.samefile(layer.path)), None
+        (
+            option
+            for layer in chain
+            for option in named
+            if option.path is not None and option.path.exists() and option.path.samefile(layer.path)
+        ),
+        None,
     )
     if started_with is None:
         raise SnapshotError(
             f"the disk {path} is not on the VM's command line, so a restore could not find it",
             "take a snapshot of the memory alone with disks=False",
         )
-    return Disk(
+    disk = Disk(
         node=inserted["node-name"],
         layer=chain[0],
-        direct=inserted["cache"]["direct"],
-        aio="threads",
-        named=started_with,
+        aio=started_with.aio or DEFAULT_AIO,
+        named=started_with.path,
     )
+    disk.note(inserted)
+    return disk
 
 
 async def layer_beside(base: Layer, snapshot: Path, qemu_img: Path) -> BesideLayer:

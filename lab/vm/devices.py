@@ -15,7 +15,7 @@ from pathlib import Path
 from lab.errors import HostError
 from lab.qemu.build import FIRMWARE_DIRS
 from lab.scenario.machine import Machine
-from lab.vm.disks import Disk, blockdev
+from lab.vm.disks import Disk
 
 DISK_MIB = 64
 """The scratch disk; as a file it takes only what the guest has written."""
@@ -166,7 +166,7 @@ def _users_disks(machine: Machine, files: DeviceFiles) -> list[str]:
         arguments += ["-device", f"virtio-scsi-pci{thread}"]
         thread = ""
     for number, disk in enumerate(files.disks):
-        node = blockdev(disk.node, disk.layer.path, direct=disk.direct, aio=disk.aio)
+        node = disk.blockdev(disk.node, disk.layer.path)
         arguments += ["-blockdev", json.dumps(node)]
         device = f"{_MODELS[machine.disk]},drive={disk.node},id=drive{number}{thread}"
         if machine.disk == "ide" and machine.chipset == "pc":

@@ -21,41 +21,63 @@ class Held(Protocol):
         """Remove it, as nothing was written to it."""
 
 
+DEFAULT_AIO = "threads"
+"""What QEMU does a disk's I/O with where it is told nothing."""
+
+
 @dataclass
 class Disk:
     """A disk of a running VM.
+
+    How it is opened is how its overlays are opened, so that the VM keeps what its user has chosen.
 
     :param node: the name of the block node that is its top.
     :param layer: the file that the guest writes to now.
     :param direct: whether it is read and written past the host's page cache.
     :param aio: who does its I/O, as QEMU calls that.
+    :param no_flush: whether the guest's flushes are ignored (`cache=unsafe`).
+    :param detect_zeroes: what becomes of zeros that the guest writes, as QEMU calls that.
     :param named: the file by which the command line of a VM that the lab did not start names it.
     :param held: the layers that the lab keeps for as long as the VM runs, oldest first.
     """
 
     node: str
     layer: Layer
-    direct: bool
-    aio: str
+    direct: bool = False
+    aio: str = DEFAULT_AIO
+    no_flush: bool = False
+    detect_zeroes: str = "off"
     named: Path | None = None
     held: list[Held] = field(default_factory=list)
 
+    def note(self, inserted: Mapping[str, Any]) -> None:
+        """Take over what QEMU calls its top and how that is opened, as `query-block` has it."""
+        self.node = inserted["node-name"]
+        self.direct = inserted["cache"]["direct"]
+        self.no_flush = inserted["cache"]["no-flush"]
+        self.detect_zeroes = inserted["detect_zeroes"]
 
-def blockdev(disk_node: str, path: Path, *, direct: bool, aio: str) -> dict[str, Any]:
-    """Return what QEMU is told of a qcow2 layer, as `-blockdev` and `blockdev-add` have it."""
-    return {
-        "driver": "qcow2",
-        "node-name": disk_node,
-        "discard": "unmap",
-        "cache": {"direct": direct},
-        "file": {
-            "driver": "file",
-            "filename": str(path),
-            "aio": aio,
+    def blockdev(self, node: str, path: Path) -> dict[str, Any]:
+        """Return what QEMU is told of a qcow2 layer of this disk, as `-blockdev` and
+        `blockdev-add` have it.
+
+        :param node: the name that the layer gets.
+        """
+        cache = {"direct": self.direct, "no-flush": self.no_flush}
+        return {
+            "driver": "qcow2",
+            "node-name": node,
             "discard": "unmap",
-            "cache": {"direct": direct},
-        },
-    }
+            "detect-zeroes": self.detect_zeroes,
+            "cache": cache,
+            "file": {
+                "driver": "file",
+                "filename": str(path),
+                "aio": self.aio,
+                "discard": "unmap",
+                "cache": cache,
+            },
+        }
 
 
 _DESCRIBED = "json:"

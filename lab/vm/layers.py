@@ -7,8 +7,10 @@ from pathlib import Path
 from lab.disks.chain import read_chain, require_unlocked
 from lab.disks.store import Store
 from lab.errors import QmpError
+from lab.vm.argv import CommandLine
+from lab.vm.argv import disks as disks_of
 from lab.vm.commandline import Launch
-from lab.vm.disks import Disk, file_of
+from lab.vm.disks import DEFAULT_AIO, Disk, file_of
 from lab.vm.vm import RunningVM
 
 
@@ -34,13 +36,14 @@ async def own_layers(launch: Launch) -> AsyncIterator[list[Disk]]:
                 await require_unlocked(qemu_img, base)
             chain = await read_chain(qemu_img, base)
             held = await store.new_layer(qemu_img, chain[0])
+            named = launch.named[number] if launch.named else None
             disks.append(
                 Disk(
                     node=f"disk{number}",
                     layer=held.layer,
                     direct=machine.disk_cache == "none",
-                    aio=machine.disk_aio,
-                    named=launch.named[number] if launch.named else None,
+                    aio=machine.disk_aio if launch.line is None else _aio(launch.line, named),
+                    named=named,
                     held=[held],
                 )
             )
@@ -52,8 +55,14 @@ async def own_layers(launch: Launch) -> AsyncIterator[list[Disk]]:
         await store.collect(qemu_img)
 
 
+def _aio(line: CommandLine, named: Path | None) -> str:
+    """Who does the I/O of a disk on a command line that is not the lab's."""
+    return next((one.aio for one in disks_of(line) if one.path == named and one.aio), DEFAULT_AIO)
+
+
 async def find_nodes(vm: RunningVM) -> None:
-    """Find out what QEMU calls the disks of a VM whose command line is not the lab's.
+    """Find out what QEMU calls the disks of a VM whose command line is not the lab's, and how it
+    has opened them.
 
     :raise QmpError: when one is not there.
     """
@@ -62,5 +71,4 @@ async def find_nodes(vm: RunningVM) -> None:
     for disk in vm.files.disks:
         if disk.layer.path not in tops:
             raise QmpError(f"QEMU does not have the disk {disk.layer.path} open")
-        disk.node = tops[disk.layer.path]["node-name"]
-        disk.direct = tops[disk.layer.path]["cache"]["direct"]
+        disk.note(tops[disk.layer.path])

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import lab
-from lab.errors import LabError, SnapshotError, UsageError
+from lab.errors import HostError, LabError, SnapshotError, UsageError
+from lab.guests.image.guest import uefi_code
 from lab.qemu.build import find_qemu
 from lab.scenario.methods import Variant
 from lab.session import VM
@@ -168,6 +169,50 @@ async def test_a_vm_started_by_hand_runs_on_and_comes_back_with_its_disk(
     assert (tmp_path / "disk.b.qcow2").exists()
 
 
+@pytest.mark.parametrize(("variant", "method"), [("patched", "live"), ("unpatched", "background")])
+async def test_a_vm_with_uefi_comes_back_with_the_variables_of_the_instant(
+    tmp_path: Path, variant: str, method: str
+) -> None:
+    try:
+        code = uefi_code()
+    except HostError as error:
+        pytest.skip(str(error))
+    variables = tmp_path / "variables.raw"
+    shutil.copy(code.with_name(code.name.replace("CODE", "VARS")), variables)
+    flash = [
+        *("-machine", "q35", "-m", "128"),
+        *("-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={code}"),
+        *("-drive", f"if=pflash,unit=1,format=raw,file={variables}"),
+    ]
+    untouched = variables.read_bytes()
+    async with started(variant, tmp_path, *flash) as (monitor, process):
+        # It writes its variables when it has found that there are none.  While it does, reading
+        # the flash says how that goes on, and not what is in it.
+        written = untouched
+        while written == untouched or variables.read_bytes() != written:
+            assert process.returncode is None
+            written = variables.read_bytes()
+            await asyncio.sleep(2)
+        async with lab.attach(monitor) as vm:
+            await vm.snapshot(tmp_path / "a.snap", method)
+            frozen = variables.read_bytes()
+            assert await vm.is_running()
+    (disk,) = read_sidecar(tmp_path / "a.snap").disks
+    assert Path(disk.layer) == Path(disk.named) == variables
+    async with lab.restore(tmp_path / "a.snap") as one:
+        assert await one.is_running()
+        tops = [b["inserted"] for b in await one.execute("query-block") if b.get("inserted")]
+        (top,) = [inserted for inserted in tops if not inserted["ro"]]
+        assert top["image"]["backing-image"]["filename"] == str(variables)
+        size = len(frozen)
+        # Below 4 GiB the flash ends with the code, and has the variables in front of it.
+        address = (1 << 32) - code.stat().st_size - size
+        seen = tmp_path / "seen"
+        await one.execute("pmemsave", {"val": address, "size": size, "filename": str(seen)})
+        assert seen.read_bytes() == frozen
+    assert variables.read_bytes() == frozen
+
+
 async def settings(vm: VM) -> tuple[Any, Any]:
     capabilities = await vm.execute("query-migrate-capabilities")
     parameters = await vm.execute("query-migrate-parameters")
@@ -176,6 +221,39 @@ async def settings(vm: VM) -> tuple[Any, Any]:
         # What was never set is not there, and once it was set it is empty.
         {name: value for name, value in parameters.items() if value != ""},
     )
+
+
+@pytest.mark.parametrize("variant", ["patched", "unpatched"])
+async def test_a_disk_stays_opened_as_its_user_has_chosen(tmp_path: Path, variant: str) -> None:
+    disk = await made(tmp_path / "disk.raw", "raw")
+    chosen = "cache.direct=on,cache.no-flush=on,aio=native,detect-zeroes=unmap,discard=unmap"
+    drive = ("-drive", f"file={disk},format=raw,if=virtio,{chosen}")
+    method = "live" if variant == "patched" else "background"
+    async with (
+        started(variant, tmp_path, *drive) as (monitor, _),
+        lab.attach(monitor) as vm,
+    ):
+        (before,) = await opened(vm)
+        await vm.snapshot(tmp_path / "a.snap", method)
+        (after,) = await opened(vm)
+        assert after == before == ({"direct": True, "no-flush": True}, "unmap")
+        assert [one.aio for one in vm.files.disks] == ["native"]
+        async with lab.restore(tmp_path / "a.snap") as again:
+            assert await opened(again) == [before]
+            assert [one.aio for one in again.files.disks] == ["native"]
+            await again.snapshot(tmp_path / "b.snap", method)
+            assert await opened(again) == [before]
+
+
+async def opened(vm: VM) -> list[tuple[dict[str, bool], str]]:
+    inserted = [b["inserted"] for b in await vm.execute("query-block") if b.get("inserted")]
+    return [
+        (
+            {name: one["cache"][name] for name in ("direct", "no-flush")},
+            one["detect_zeroes"],
+        )
+        for one in inserted
+    ]
 
 
 async def test_memory_alone_leaves_the_disk_alone(tmp_path: Path) -> None:

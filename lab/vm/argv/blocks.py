@@ -82,6 +82,8 @@ class DiskOption:
     format: str
     """The format, such as "qcow2"; empty where QEMU has to find out."""
     read_only: bool
+    aio: str
+    """Who does its I/O; empty where the line leaves it to QEMU."""
 
 
 def disks(line: CommandLine) -> tuple[DiskOption, ...]:
@@ -201,6 +203,7 @@ class Blocks:
                     path=self._line.absolute(filename) if is_file else None,
                     format="raw" if holder is None else str(holder.tree["driver"]),
                     read_only=read_only,
+                    aio=str(node.tree.get("aio", "")),
                 ),
                 leaf=node,
                 holder=holder,
@@ -248,6 +251,7 @@ class Blocks:
                     path=path,
                     format="raw" if format_ in _FILES else format_,
                     read_only=read_only,
+                    aio=first(pairs, "aio") or "",
                 ),
                 leaf=leaf,
                 holder=None,

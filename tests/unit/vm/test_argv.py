@@ -191,6 +191,23 @@ def test_the_disks_of_a_line_are_found(
     ]
 
 
+def test_who_does_a_disk_s_io_is_found() -> None:
+    found = disks(
+        line(
+            *("-drive", "file=a,aio=native,cache=none", "-drive", "file=b"),
+            *("-drive", "file.driver=file,file.filename=c,file.aio=io_uring,driver=qcow2"),
+            *("-blockdev", '{"driver":"file","filename":"d","aio":"native","node-name":"below"}'),
+            *("-blockdev", "driver=raw,file=below,node-name=above"),
+        )
+    )
+    assert [(disk.filename, disk.aio) for disk in found] == [
+        ("a", "native"),
+        ("b", ""),
+        ("c", "io_uring"),
+        ("d", "native"),
+    ]
+
+
 def test_the_overlay_is_put_in_the_place_of_an_image() -> None:
     for arguments, expected in [
         (["-hda", "a"], ["-drive", f"index=0,media=disk,file={LAYER},format=qcow2"]),
