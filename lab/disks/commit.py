@@ -62,7 +62,12 @@ async def commit(
     """
     store = Store.default() if store is None else store
     if not store.owns(top):
-        raise UsageError(f"{top} is no layer of {store.folder}", "name a layer of `lab disk list`")
+        raise UsageError(
+            f"{top} is no layer of {store.folder} but a file of yours, and who needs those is not "
+            "counted",
+            "write the disk into a file of its own with `lab disk export`; QEMU shortens the chain "
+            "of a running VM with its command block-stream",
+        )
     chain = await read_chain(qemu_img, top, format="qcow2")
     merged, base = _split(chain, await store.survey(qemu_img))
     async with _held(store, [chain[0], *merged, base]):
