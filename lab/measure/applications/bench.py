@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from lab.analysis.requests import df_progress
 from lab.errors import GuestError
@@ -19,7 +20,7 @@ from lab.loads.pgbench import PgbenchLoad, initialise, pgbench_load
 from lab.loads.steps import StepsLoad, steps_load
 from lab.measure.applications.ask import connected_redis, wait_for_redis
 from lab.measure.applications.steps import STEPS
-from lab.measure.settle import SETTLE_LIMIT_S, SETTLE_SHARE, is_settled
+from lab.measure.settle import SETTLE_LIMIT_S, SETTLE_SHARE, SETTLE_WINDOW_S, is_settled
 from lab.scenario.applications import PORTS, ApplicationsPlan
 from lab.scenario.methods import Variant
 from lab.session import VM, boot
@@ -33,6 +34,8 @@ ROLE = "lab"
 
 RATE_S = 3.0
 """How long a load as fast as it can runs to find the rate that half of is asked for."""
+
+Times = npt.NDArray[np.int64]
 
 _POLL_S = 0.02
 # pgbench writes its log by many lines at once, so whether its rate is even shows only afterwards;
@@ -100,8 +103,12 @@ ANSWER_ALL_S = 60.0
 """How long all connections may take to have an answer."""
 
 
-async def settle_load(load: Load) -> str | None:
-    """Wait until requests are answered at an even rate; return a warning when they never are."""
+async def settle_load(load: Load, rate_per_s: float | None = None) -> str | None:
+    """Wait until requests are answered at an even rate; return a warning when they never are.
+
+    :param rate_per_s: of an open loop: and not faster than they are asked for, as what has been
+        late since the load began is still worked off then.
+    """
     if isinstance(load, PgbenchLoad | StepsLoad):
         await asyncio.sleep(_FIXED_SETTLE_S)
         return None
@@ -113,12 +120,22 @@ async def settle_load(load: Load) -> str | None:
             raise load.problem
         t_ns.append(time.monotonic_ns())
         ops.append(load.completed)
-        if is_settled(np.array(t_ns, dtype=np.int64), np.array(ops, dtype=np.int64)):
+        times, done = np.array(t_ns, dtype=np.int64), np.array(ops, dtype=np.int64)
+        if is_settled(times, done) and not is_late(times, done, rate_per_s):
             return None
     return (
         f"the rate of requests had not settled to within {SETTLE_SHARE:.0%} after "
         f"{SETTLE_LIMIT_S:g} s"
     )
+
+
+def is_late(t_ns: Times, ops: Times, rate_per_s: float | None) -> bool:
+    """Whether more is done in the last window than is asked for in it."""
+    if rate_per_s is None:
+        return False
+    first_ns = t_ns[-1] - round(SETTLE_WINDOW_S * NS_PER_S)
+    done = float(ops[-1] - np.interp(first_ns, t_ns, ops))
+    return done > rate_per_s * SETTLE_WINDOW_S * (1 + SETTLE_SHARE)
 
 
 @contextlib.asynccontextmanager

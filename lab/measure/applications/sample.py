@@ -71,7 +71,7 @@ async def take_sample(bench: Bench, turn: Turn, image: Path, warm: WarmMemory) -
             # Another one for each sample, and the same whenever the plan is measured.
             seed = plan.seed * 1_000_000 + turn.order + 1
             load = await stack.enter_async_context(bench.load(seed, bench.rate_per_s))
-            unsettled = await settle_load(load)
+            unsettled = await settle_load(load, bench.rate_per_s)
             throttle = ThrottleCount(vm.pid)
             load_average = os.getloadavg()[0]
             with no_garbage_collection():
