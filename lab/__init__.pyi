@@ -6,6 +6,10 @@ from .analysis.applications import df_application_ratios_readable as df_applicat
 from .analysis.applications import df_applications as df_applications
 from .analysis.applications import df_applications_readable as df_applications_readable
 from .analysis.applications import df_beside_published as df_beside_published
+from .analysis.applications import (
+    df_several_application_ratios as df_several_application_ratios,
+)
+from .analysis.applications import df_several_applications as df_several_applications
 from .analysis.applications import requests_of as requests_of
 from .analysis.compare import compared_text as compared_text
 from .analysis.faults import df_faults_by_method as df_faults_by_method

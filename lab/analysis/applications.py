@@ -18,7 +18,7 @@ from lab.column import Metric, three_digits
 from lab.runs.columns import APPLICATION_METRICS
 from lab.runs.run import Run
 from lab.runs.sets import RunSet
-from lab.scenario.applications import SAME_AS
+from lab.scenario.applications import SAME_AS, ApplicationsPlan
 from lab.stats import compare, median, quantile_interval
 from lab.units import NS_PER_MS, NS_PER_US
 
@@ -177,6 +177,71 @@ def df_application_ratios_readable(run_set: RunSet, *, of: str = "live") -> pd.D
                 row[name] = f"{numbers[0]} [{numbers[1]} - {numbers[2]}]"
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def df_several_applications(run_sets: Sequence[RunSet]) -> pd.DataFrame:
+    """Several sets below each other, as text: a row per set and method, of medians over rounds.
+
+    Columns: application (what asks for what, and the guest's RAM), method, n (rounds), before, 1/s
+    (requests done a second before the snapshot), worst ms, p99.9 ms, lost, s of work (lost requests
+    by the rate of before, which makes sets of different rates comparable), pause ms, duration ms.
+    """
+    rows = []
+    for run_set in run_sets:
+        title = _title(run_set)
+        for method in run_set.methods:
+            runs = _runs(run_set, method)
+            if not runs:
+                continue
+            row = {"application": title, "method": method, "n": str(len(runs))}
+            row |= {
+                name: _of_median(_values(runs, metric), scale)
+                for name, metric, scale in (
+                    ("before, 1/s", "requests_per_s_before", 1.0),
+                    ("worst ms", "request_worst_ms", 1.0),
+                    ("p99.9 ms", "request_p999_us", NS_PER_US / NS_PER_MS),
+                )
+            }
+            row["lost, s of work"] = _of_median(lost_s(runs))
+            for name in ("pause_ms", "duration_ms"):
+                row[APPLICATION_METRICS[name].title] = _of_median(_values(runs, name))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def df_several_application_ratios(run_sets: Sequence[RunSet], *, of: str = "live") -> pd.DataFrame:
+    """`df_application_ratios_readable` of several sets, with the application before it."""
+    parts = [
+        df_application_ratios_readable(run_set, of=of).assign(application=_title(run_set))
+        for run_set in run_sets
+    ]
+    table = pd.concat(parts, ignore_index=True)
+    return table[["application", *(name for name in table if name != "application")]]
+
+
+def lost_s(runs: Sequence[Run]) -> list[float]:
+    """The work that each run lost, in seconds at its rate of before; negative when more was done.
+
+    Runs with no rate, or whose requests do not reach to the window's end, are left out.
+    """
+    found = []
+    for run in runs:
+        lost = run.summary.get("lost_requests")
+        rate = run.summary.get("requests_per_s_before")
+        if lost is not None and rate:
+            found.append(float(lost) / float(rate))
+    return found
+
+
+def _title(run_set: RunSet) -> str:
+    plan = run_set.plan
+    if not isinstance(plan, ApplicationsPlan):
+        return run_set.name
+    return f"{plan.served.title}; {plan.ram_mib} MiB"
+
+
+def _of_median(values: Sequence[float], scale: float = 1.0) -> str:
+    return _shown(median(values) * scale) if values else "-"
 
 
 @dataclass(frozen=True, kw_only=True)

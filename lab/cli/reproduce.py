@@ -47,7 +47,7 @@ def register(subparsers: Subparsers) -> None:
         summary="build, measure every method, write the report and the figures",
         description="Build what is missing, measure every method on this machine, print the table, "
         "write one HTML report and re-make the notebooks' figures from this machine's own data. "
-        "The profile full measures every set that the notebooks show (an hour or two); quick the "
+        "The profile full measures every set that the notebooks show (some three hours); quick the "
         "one that most of them do. The same command with --out goes on after an interruption.",
     )
     parser.add_argument(

@@ -19,6 +19,9 @@ from lab.analysis.applications import (
     df_applications_readable,
     df_beside_published,
     df_requests,
+    df_several_application_ratios,
+    df_several_applications,
+    lost_s,
     requests_of,
 )
 from lab.analysis.requests import AFTER_NS, request_summary
@@ -115,6 +118,25 @@ def test_live_is_set_against_what_is_there(make_application_set: MakeSet) -> Non
     assert 0 < worst["low"] <= worst["ratio"] <= worst["high"] < 0.1
     assert worst["n"] == 4
     assert len(df_application_ratios_readable(made)) == 1
+
+
+def test_several_sets_are_below_each_other_by_what_was_lost_in_seconds_of_work(
+    make_application_set: MakeSet,
+) -> None:
+    made = make_application_set(rounds=3, fails="background")
+    table = df_several_applications([made, made])
+    assert list(table["method"]) == 2 * list(SHAPES)
+    assert set(table["n"]) == {"3", "2"}
+    assert table["application"].str.endswith("; 1024 MiB").all()
+    assert list(table.loc[table["method"] == "background", "pause ms"]) == ["400", "400"]
+    assert set(table.loc[table["method"] == "none", "pause ms"]) == {"-"}
+    for run in made.measured("live"):
+        (lost,) = lost_s([run])
+        rate = run.summary["requests_per_s_before"]
+        assert lost * rate == pytest.approx(run.summary["lost_requests"])
+    ratios = df_several_application_ratios([made, made])
+    assert list(ratios.columns[:3]) == ["application", "live / ...", "n"]
+    assert len(ratios) == 2
 
 
 def test_it_stands_beside_what_others_published(make_application_set: MakeSet) -> None:
