@@ -95,7 +95,8 @@ def plot_application_throughput(table: pd.DataFrame) -> list[Axes]:
     caption="One round per method, the one of median duration. A point is a request; of many alike "
     "only some are drawn, of the slowest all. Points high above the others with a gap behind them "
     "are a stop: each connection had asked, and waits for all of it.",
-    limits="The scale is logarithmic; what is refused or not answered is not drawn.",
+    limits="The scale is logarithmic; what is refused, not answered or took no time, as steps that "
+    "are told together, is not drawn.",
     table=lambda run_set: _in_order(df_requests(run_set), run_set.methods),
     needs=("requests",),
     one_boot=True,
@@ -114,7 +115,8 @@ def plot_requests(table: pd.DataFrame) -> list[Axes]:
         shown = ordered[ordered["ok"]].head(_MOST_POINTS)
         ax.plot(shown["ms"], shown["latency_ms"], ".", color=colour(method), markersize=1.5)
         log_scale(ax.yaxis)
-        ax.set_ylim(0.7 * table["latency_ms"].min(), 1.5 * table["latency_ms"].max())
+        lasting = table.loc[table["latency_ms"] > 0, "latency_ms"]
+        ax.set_ylim(0.7 * lasting.min(), 1.5 * lasting.max())
         _named(ax, method, float(part["end_ms"].iloc[0]), until_ms)
     axes[0].set_xlim(-500, until_ms)
     axes[len(axes) // 2].set_ylabel("latency, ms")
