@@ -94,6 +94,20 @@ def noted_since(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     return after[after["op"] > after["thread"].map(last).fillna(0)].reset_index(drop=True)
 
 
+def forgotten(before: pd.DataFrame, after: pd.DataFrame) -> list[int]:
+    """Return the threads that may have forgotten slow operations between two readings.
+
+    A thread remembers its last `SLOW_ENTRIES - 1`; with fewer, or with one that it remembered
+    before, there is no gap.
+    """
+    last = before.groupby("thread")["op"].max()
+    return [
+        int(str(thread))
+        for thread, ops in after.groupby("thread")["op"]
+        if len(ops) == SLOW_ENTRIES - 1 and ops.min() > last.get(thread, 0)
+    ]
+
+
 def slow_entries(octets: bytes) -> U64:
     """Return the entries of a ring, oldest first, one in a row."""
     words = np.frombuffer(octets, "<u8").reshape(SLOW_ENTRIES, SLOW_WORDS)
@@ -132,4 +146,12 @@ class SlowWritesInstrument(Instrument):
         self.after = await read_slow_writes(self.vm)
 
     def found(self, taken: Taken) -> Found:
-        return Found(tables={"slow_writes": noted_since(self.before, self.after)})
+        lost = forgotten(self.before, self.after)
+        warnings = [
+            f"writer {thread} had more than {SLOW_ENTRIES - 1} slow operations, and the earliest "
+            "are not in slow_writes"
+            for thread in lost
+        ]
+        return Found(
+            tables={"slow_writes": noted_since(self.before, self.after)}, warnings=warnings
+        )

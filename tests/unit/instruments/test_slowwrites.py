@@ -9,7 +9,7 @@ import pytest
 
 from lab.guests.kinds import include_options
 from lab.guests.protocol import PAGE_BYTES, SLOW_ENTRIES, SLOW_WORDS
-from lab.instruments.slowwrites import noted_since, slow_entries
+from lab.instruments.slowwrites import forgotten, noted_since, slow_entries
 from lab.scenario.guests import GUEST_LIMITS
 
 SOURCE = """
@@ -61,3 +61,15 @@ def test_what_a_guest_remembered_before_is_not_new() -> None:
     after = noted((0, 5), (1, 2), (0, 6), (1, 9), (2, 1))
     assert noted_since(noted((0, 5), (1, 2)), after).values.tolist() == [[0, 6], [1, 9], [2, 1]]
     assert len(noted_since(noted(), after)) == len(after)
+
+
+def test_a_thread_that_wrote_over_what_was_not_read_is_named() -> None:
+    def noted(thread: int, first: int, count: int) -> pd.DataFrame:
+        return pd.DataFrame({"thread": thread, "op": range(first, first + count)})
+
+    full = SLOW_ENTRIES - 1
+    before = pd.concat([noted(0, 10, 1), noted(1, 10, 1)])
+    assert forgotten(before, noted(0, 11, full - 1)) == []
+    assert forgotten(before, noted(0, 10, full)) == []
+    assert forgotten(before, pd.concat([noted(0, 11, full), noted(1, 11, 5)])) == [0]
+    assert forgotten(noted(0, 1, 0), noted(2, 1, full)) == [2]
