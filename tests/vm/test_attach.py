@@ -183,16 +183,16 @@ async def test_a_vm_with_uefi_comes_back_with_the_variables_of_the_instant(
         *("-machine", "q35", "-m", "128"),
         *("-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={code}"),
         *("-drive", f"if=pflash,unit=1,format=raw,file={variables}"),
+        *("-serial", f"file:{tmp_path / 'serial'}"),
     ]
     untouched = variables.read_bytes()
     async with started(variant, tmp_path, *flash) as (monitor, process):
-        # It writes its variables when it has found that there are none.  While it does, reading
-        # the flash says how that goes on, and not what is in it.
-        written = untouched
-        while written == untouched or variables.read_bytes() != written:
+        # It has written its variables when its shell asks.  Reading the flash before says how far
+        # a write is, and not what is in it.
+        while b"Shell>" not in (tmp_path / "serial").read_bytes():
             assert process.returncode is None
-            written = variables.read_bytes()
-            await asyncio.sleep(2)
+            await asyncio.sleep(0.1)
+        assert variables.read_bytes() != untouched
         async with lab.attach(monitor) as vm:
             await vm.snapshot(tmp_path / "a.snap", method)
             frozen = variables.read_bytes()
