@@ -215,7 +215,7 @@ def df_several_application_ratios(run_sets: Sequence[RunSet], *, of: str = "live
         df_application_ratios_readable(run_set, of=of).assign(application=_title(run_set))
         for run_set in run_sets
     ]
-    table = pd.concat(parts, ignore_index=True)
+    table = pd.concat([pd.DataFrame(columns=["application"]), *parts], ignore_index=True)
     return table[["application", *(name for name in table if name != "application")]]
 
 
